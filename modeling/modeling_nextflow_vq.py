@@ -1,0 +1,566 @@
+"""The NextFlow image tokenizer: two branches, two codebooks, one shared index, many scales.
+
+Read top to bottom: the codebook (one index, a semantic and a pixel vector), the multi-scale residual quantizer, the
+semantic decoder, and the model that joins them with transformers' SigLIP2 encoder and diffusers' VQGAN-style CNNs.
+Facts and formulas: NextFlow (arXiv 2601.02204) sections 2.1 and 3.1; where it is silent, TokenFlow (arXiv 2412.03069).
+Quantization runs in float32 whatever the dtype of the rest.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.vae import Decoder, Encoder
+from torch import nn
+from transformers import PreTrainedModel, Siglip2VisionModel
+from transformers import initialization as init
+from transformers.models.siglip2.modeling_siglip2 import Siglip2Encoder, Siglip2VisionEmbeddings
+from transformers.utils import ModelOutput
+
+from .configuration_nextflow import NextFlowVQConfig
+from .scale_schedule import Grid
+
+# The nearest-code search holds one (rows, codebook) product at a time and keeps it below this many bytes.
+SEARCH_CHUNK_BYTES = 256 * 2**20
+
+
+@dataclass
+class NextFlowVQEncoding(ModelOutput):
+    """Codes of pictures of one size.
+
+    Args:
+        codes (`torch.LongTensor` of shape `(batch, num_codes)`):
+            Nearest codes of all scales, coarse to fine, each in raster order: the target of drawing.
+        input_codes (`torch.LongTensor` of shape `(batch, num_codes)`):
+            The codes that were subtracted from the residual. They differ from `codes` where self-correction sampled
+            another one, and equal them otherwise.
+        features (`torch.FloatTensor` of shape `(batch, code_dim, height, width)`):
+            Sum over scales of the looked-up `input_codes`, on the final grid.
+        grids (`tuple` of `(height, width)`): The scales.
+    """
+
+    codes: torch.LongTensor | None = None
+    input_codes: torch.LongTensor | None = None
+    features: torch.FloatTensor | None = None
+    grids: tuple[Grid, ...] | None = None
+
+
+@dataclass
+class NextFlowVQOutput(ModelOutput):
+    """What a training step of the tokenizer needs.
+
+    Args:
+        loss (`torch.FloatTensor`): Weighted sum of the four losses below.
+        pixel_loss (`torch.FloatTensor`): Mean squared error of the reconstruction.
+        semantic_loss (`torch.FloatTensor`): 1 - cosine between decoded and target semantic features.
+        codebook_loss (`torch.FloatTensor`): Pull of the codes towards the encoder, mean over scales.
+        commitment_loss (`torch.FloatTensor`): Pull of the encoder towards the codes, mean over scales.
+        reconstruction (`torch.FloatTensor` of shape `(batch, channels, height, width)`): Decoded picture in [-1, 1].
+        semantic_reconstruction (`torch.FloatTensor` of shape `(batch, height * width, hidden_size)`):
+            Decoded semantic features.
+        codes (`torch.LongTensor` of shape `(batch, num_codes)`): Codes of the scales that were kept.
+    """
+
+    loss: torch.FloatTensor | None = None
+    pixel_loss: torch.FloatTensor | None = None
+    semantic_loss: torch.FloatTensor | None = None
+    codebook_loss: torch.FloatTensor | None = None
+    commitment_loss: torch.FloatTensor | None = None
+    reconstruction: torch.FloatTensor | None = None
+    semantic_reconstruction: torch.FloatTensor | None = None
+    codes: torch.LongTensor | None = None
+
+
+def upsample(features: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Bicubic resize of a code map `(batch, dim, h, w)` to `grid`; the identity where it fits already."""
+    if features.shape[-2:] == tuple(grid):
+        return features
+    return F.interpolate(features, size=tuple(grid), mode="bicubic", align_corners=False)
+
+
+class DualCodebook(nn.Module):
+    """Two embedding tables tied by one index (NextFlow section 2.1, TokenFlow Eq 1-3).
+
+    A code is the pair of l2-normalised rows of both tables, concatenated: semantic part first.
+    """
+
+    def __init__(self, config: NextFlowVQConfig):
+        super().__init__()
+        self.semantic_dim = config.semantic_dim
+        self.pixel_distance_weight = config.pixel_distance_weight
+        self.semantic = nn.Embedding(config.codebook_size, config.semantic_dim)
+        self.pixel = nn.Embedding(config.codebook_size, config.pixel_dim)
+        # Moving average of how often a code is chosen, in multiples of its fair share. Training only.
+        self.register_buffer("usage", torch.ones(config.codebook_size))
+
+    @property
+    def size(self) -> int:
+        """Number of codes."""
+        return self.semantic.num_embeddings
+
+    def table(self) -> torch.Tensor:
+        """All codes, float32 of shape `(codebook_size, code_dim)`."""
+        return torch.cat(
+            [F.normalize(self.semantic.weight.float(), dim=-1), F.normalize(self.pixel.weight.float(), dim=-1)], dim=-1
+        )
+
+    def normalize(self, features: torch.Tensor) -> torch.Tensor:
+        """l2-normalise the semantic and the pixel part of `(..., code_dim)` each on its own."""
+        semantic, pixel = features.split([self.semantic_dim, features.shape[-1] - self.semantic_dim], dim=-1)
+        return torch.cat([F.normalize(semantic, dim=-1), F.normalize(pixel, dim=-1)], dim=-1)
+
+    def lookup(self, codes: torch.LongTensor) -> torch.Tensor:
+        """Codes of any shape -> float32 vectors of shape `(*codes.shape, code_dim)`.
+
+        Only the rows asked for are normalised.
+        """
+        return torch.cat(
+            [
+                F.normalize(self.semantic(codes).float(), dim=-1),
+                F.normalize(self.pixel(codes).float(), dim=-1),
+            ],
+            dim=-1,
+        )
+
+    def nearest(self, features: torch.Tensor, table: torch.Tensor, top_k: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """The `top_k` nearest codes of normalised `features`.
+
+        Between unit vectors ||a - b||^2 = 2 - 2 a.b, so the weighted sum of both distances is least where the
+        weighted sum of both inner products is greatest: one matrix product, in chunks of rows.
+
+        Args:
+            features: `(rows, code_dim)`, normalised.
+            table: `(codebook_size, code_dim)` from [`table`].
+            top_k: How many codes per row, nearest first.
+
+        Returns:
+            Distances and codes, both `(rows, top_k)`.
+        """
+        weights = table.new_ones(table.shape[-1])
+        weights[self.semantic_dim :] = self.pixel_distance_weight
+        keys = (table * weights).T
+        rows_per_chunk = max(1, SEARCH_CHUNK_BYTES // (table.element_size() * table.shape[0]))
+        similarities, codes = [], []
+        for rows in features.split(rows_per_chunk):
+            product = rows @ keys
+            if top_k == 1:
+                best, index = product.max(dim=-1, keepdim=True)
+            else:
+                best, index = product.topk(top_k, dim=-1)
+            similarities.append(best)
+            codes.append(index)
+        return 2 * (1 + self.pixel_distance_weight) - 2 * torch.cat(similarities), torch.cat(codes)
+
+
+class SemanticDecoder(nn.Module):
+    """Transformer from the semantic part of the codes back to the semantic encoder's features.
+
+    A training target and the refiner's condition; drawing does not need it.
+    """
+
+    def __init__(self, config: NextFlowVQConfig):
+        super().__init__()
+        vision_config = type(config.vision_config)(
+            **{**config.vision_config.to_dict(), "num_hidden_layers": config.semantic_decoder_layers}
+        )
+        vision_config._attn_implementation = config.vision_config._attn_implementation
+        width = vision_config.hidden_size
+        self.grid_side = int(vision_config.num_patches**0.5)
+        self.in_proj = nn.Linear(config.semantic_dim, width)
+        self.position_embedding = nn.Embedding(vision_config.num_patches, width)
+        self.encoder = Siglip2Encoder(vision_config)
+        self.norm = nn.LayerNorm(width, eps=vision_config.layer_norm_eps)
+        self.head = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """`(batch, semantic_dim, h, w)` -> `(batch, h * w, hidden_size)`."""
+        grid = features.shape[-2:]
+        positions = Siglip2VisionEmbeddings.resize_positional_embeddings(
+            self.position_embedding.weight.reshape(self.grid_side, self.grid_side, -1),
+            torch.tensor([grid]),
+            max_length=grid[0] * grid[1],
+        )
+        hidden_states = self.in_proj(features.flatten(2).transpose(1, 2).to(self.in_proj.weight.dtype)) + positions
+        hidden_states = self.encoder(inputs_embeds=hidden_states, attention_mask=None).last_hidden_state
+        return self.head(self.norm(hidden_states))
+
+
+class NextFlowVQPreTrainedModel(PreTrainedModel):
+    config: NextFlowVQConfig
+    base_model_prefix = "vq_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = False
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # encode() and decode() use parameters of several sub-modules outside their own forward.
+    _no_split_modules = ["NextFlowVQModel"]
+    _keep_in_fp32_modules_strict = ["codebook"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+        elif isinstance(module, DualCodebook):
+            init.normal_(module.semantic.weight)
+            init.normal_(module.pixel.weight)
+            init.ones_(module.usage)
+
+
+class NextFlowVQModel(NextFlowVQPreTrainedModel):
+    """The dual-codebook multi-scale image tokenizer: [`encode`] pixels to codes, [`decode`] codes to pixels."""
+
+    def __init__(self, config: NextFlowVQConfig):
+        super().__init__(config)
+        levels = len(config.encoder_channels)
+        self.schedule = config.schedule
+        self.semantic_encoder = Siglip2VisionModel._from_config(config.vision_config)
+        width = config.vision_config.hidden_size
+        self.semantic_proj = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, config.semantic_dim))
+        self.pixel_encoder = Encoder(
+            in_channels=config.num_channels,
+            out_channels=config.latent_channels,
+            down_block_types=_cnn_blocks("Down", levels, config.pixel_attention),
+            block_out_channels=tuple(config.encoder_channels),
+            layers_per_block=config.encoder_layers,
+            norm_num_groups=config.norm_num_groups,
+            double_z=False,
+            mid_block_add_attention=config.pixel_attention,
+        )
+        self.pixel_proj = nn.Conv2d(config.latent_channels, config.pixel_dim, 1)
+        self.codebook = DualCodebook(config)
+        self.semantic_decoder = SemanticDecoder(config)
+        self.post_pixel_proj = nn.Conv2d(config.pixel_dim, config.latent_channels, 1)
+        self.pixel_decoder = Decoder(
+            in_channels=config.latent_channels,
+            out_channels=config.num_channels,
+            up_block_types=_cnn_blocks("Up", levels, config.pixel_attention),
+            block_out_channels=tuple(config.decoder_channels),
+            layers_per_block=config.decoder_layers,
+            norm_num_groups=config.norm_num_groups,
+            mid_block_add_attention=config.pixel_attention,
+        )
+        self.post_init()
+
+    # ---- encoding ----------------------------------------------------------------------------------------------------
+
+    def semantic_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Hidden states of the semantic encoder, `(batch, h * w, hidden_size)`, for pixels `(batch, 3, H, W)`."""
+        patches, grid = self._patchify(pixel_values)
+        outputs = self.semantic_encoder(
+            pixel_values=patches,
+            pixel_attention_mask=None,
+            spatial_shapes=torch.tensor([grid]).expand(len(patches), 2),
+            output_hidden_states=True,
+        )
+        return outputs.hidden_states[self.config.semantic_layer]
+
+    def latents(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is quantized: `(batch, code_dim, h, w)` in float32, and the semantic features it came from."""
+        self._check_pixels(pixel_values)
+        pixel_values = pixel_values.to(self.post_pixel_proj.weight.dtype)
+        semantic_features = self.semantic_features(pixel_values)
+        pixel = self.pixel_proj(self.pixel_encoder(pixel_values))
+        semantic = self.semantic_proj(semantic_features).transpose(1, 2).unflatten(2, pixel.shape[-2:])
+        return torch.cat([semantic, pixel], dim=1).float(), semantic_features
+
+    @torch.no_grad()
+    def encode(
+        self,
+        pixel_values: torch.Tensor,
+        grids: Sequence[Grid] | None = None,
+        top_k: int | None = None,
+        corruption: float = 0.6,
+        generator: torch.Generator | None = None,
+    ) -> NextFlowVQEncoding:
+        """Pictures of one size -> the codes of all their scales.
+
+        Args:
+            pixel_values: `(batch, 3, height, width)` in [-1, 1]; sides are multiples of the downsampling factor.
+            grids: The scales; by default those of the schedule for this size.
+            top_k: For self-correction (NextFlow sections 2.2 and 4): at a share of the positions, subtract a code
+                drawn from the `top_k` nearest instead of the nearest one, so that later scales learn to repair it.
+            corruption: Share of each scale's positions that self-correction samples; unused without `top_k`.
+            generator: Source of that randomness, on the CPU.
+
+        Raises:
+            ValueError: If pixels or grids are not a picture of this tokenizer.
+        """
+        latents, _ = self.latents(pixel_values)
+        grids = self._check_grids(grids, latents.shape[-2:])
+        if top_k is not None and not 1 <= top_k <= self.codebook.size:
+            raise ValueError(f"`top_k` must lie in 1..{self.codebook.size}, got {top_k}.")
+        if not 0 <= corruption <= 1:
+            raise ValueError(f"`corruption` must lie in [0, 1], got {corruption}.")
+        table = self.codebook.table()
+        residual, features = latents, torch.zeros_like(latents)
+        codes, input_codes = [], []
+        for grid in grids:
+            vectors = self.codebook.normalize(_pool(residual, grid))
+            distances, nearest = self.codebook.nearest(vectors, table, top_k or 1)
+            target = chosen = nearest[:, 0]
+            if top_k is not None:
+                chosen = _sample_near(distances, nearest, corruption, generator)
+            upsampled = upsample(_to_map(table[chosen], len(latents), grid), latents.shape[-2:])
+            features = features + upsampled
+            residual = residual - upsampled
+            codes.append(target.view(len(latents), -1))
+            input_codes.append(chosen.view(len(latents), -1))
+        return NextFlowVQEncoding(
+            codes=torch.cat(codes, dim=1), input_codes=torch.cat(input_codes, dim=1), features=features, grids=grids
+        )
+
+    # ---- decoding ----------------------------------------------------------------------------------------------------
+
+    def split_codes(self, codes: torch.LongTensor, grids: Sequence[Grid]) -> list[torch.LongTensor]:
+        """`(batch, num_codes)` -> one `(batch, h_k, w_k)` per scale; the codes may end after any whole scale."""
+        sizes, total = [], 0
+        for height, width in grids:
+            if total == codes.shape[1]:
+                break
+            sizes.append(height * width)
+            total += sizes[-1]
+        if total != codes.shape[1] or not sizes:
+            raise ValueError(
+                f"{codes.shape[1]} codes do not end with a whole scale of {list(grids)} "
+                f"(cumulative: {[sum(h * w for h, w in grids[: k + 1]) for k in range(len(grids))]})."
+            )
+        return [scale.unflatten(1, grid) for scale, grid in zip(codes.split(sizes, dim=1), grids)]
+
+    def sum_features(self, codes: torch.LongTensor, grids: Sequence[Grid]) -> torch.Tensor:
+        """Sum over scales of the looked-up codes on the final grid: float32 `(batch, code_dim, H, W)`.
+
+        Args:
+            codes: `(batch, num_codes)`, all scales or a prefix of whole scales.
+            grids: All scales of the picture, so that a prefix too is laid out on the final grid.
+
+        Raises:
+            ValueError: If a code is out of range or the codes do not fit the grids.
+        """
+        self._check_codes(codes)
+        maps = (self.codebook.lookup(scale).permute(0, 3, 1, 2) for scale in self.split_codes(codes, grids))
+        return sum(upsample(features, grids[-1]) for features in maps)
+
+    def decode_features(self, features: torch.Tensor) -> torch.Tensor:
+        """Summed code features `(batch, code_dim, h, w)` -> pixels `(batch, 3, H, W)`, nominally in [-1, 1]."""
+        pixel = features[:, self.config.semantic_dim :].to(self.post_pixel_proj.weight.dtype)
+        return self.pixel_decoder(self.post_pixel_proj(pixel))
+
+    @torch.no_grad()
+    def decode(self, codes: torch.LongTensor, grids: Sequence[Grid]) -> torch.Tensor:
+        """Codes of pictures of one size -> pixels `(batch, 3, H, W)` in [-1, 1].
+
+        Args:
+            codes: `(batch, num_codes)`; a prefix of whole scales gives a preview at full size.
+            grids: All scales of the picture.
+
+        Raises:
+            ValueError: If a code is out of range or the codes do not fit the grids.
+        """
+        return self.decode_features(self.sum_features(codes, grids)).clamp(-1, 1)
+
+    # ---- what the decoder is fed -------------------------------------------------------------------------------------
+
+    def scale_inputs(
+        self, codes: Sequence[torch.LongTensor], grids: Sequence[Grid], visual_input: str = "residual"
+    ) -> torch.Tensor:
+        """Features at the slots of the next scale, given the codes of all scales before it.
+
+        Args:
+            codes: Codes of the scales 1..k, each `(batch, h, w)`.
+            grids: The scales 1..k+1 (or more).
+            visual_input: `"residual"`: the codes of scale k alone, resized to scale k+1 (NextFlow section 2.2).
+                `"accumulated"`: the running sum, resized step by step (TokenFlow).
+
+        Returns:
+            float32 `(batch, h_{k+1} * w_{k+1}, code_dim)`.
+        """
+        if visual_input == "residual":
+            features = upsample(self.codebook.lookup(codes[-1]).permute(0, 3, 1, 2), grids[len(codes)])
+        else:
+            features = 0
+            for scale, grid in zip(codes, grids[1:]):
+                features = upsample(self.codebook.lookup(scale).permute(0, 3, 1, 2) + features, grid)
+        return features.flatten(2).transpose(1, 2)
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        semantic_targets: torch.Tensor | None = None,
+        quantize: bool = True,
+        generator: torch.Generator | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> NextFlowVQOutput:
+        """Quantize and reconstruct, with the losses of TokenFlow Eq 4 (NextFlow does not restate them).
+
+        Args:
+            pixel_values: `(batch, 3, height, width)` in [-1, 1].
+            semantic_targets: `(batch, h * w, hidden_size)` features to reconstruct, usually of a frozen teacher;
+                by default the (detached) features of the model's own encoder.
+            quantize: `False` passes the latents through unquantized, to warm up the pixel branch.
+            generator: Source of the scale dropout, on the CPU.
+            return_dict: `False` gives a tuple.
+        """
+        latents, semantic_features = self.latents(pixel_values)
+        if quantize:
+            features, codes, codebook_loss, commitment_loss = self._quantize_for_training(latents, generator)
+        else:
+            features = self.codebook.normalize(latents.movedim(1, -1)).movedim(-1, 1)
+            codes, codebook_loss, commitment_loss = None, latents.new_zeros(()), latents.new_zeros(())
+        reconstruction = self.decode_features(features)
+        decoded_semantic = self.semantic_decoder(features[:, : self.config.semantic_dim])
+        targets = semantic_features.detach() if semantic_targets is None else semantic_targets
+        pixel_loss = F.mse_loss(reconstruction.float(), pixel_values.float())
+        semantic_loss = 1 - F.cosine_similarity(decoded_semantic.float(), targets.float(), dim=-1).mean()
+        loss = (
+            pixel_loss
+            + self.config.semantic_weight * semantic_loss
+            + codebook_loss
+            + self.config.commitment_weight * commitment_loss
+        )
+        output = NextFlowVQOutput(
+            loss=loss,
+            pixel_loss=pixel_loss.detach(),
+            semantic_loss=semantic_loss.detach(),
+            codebook_loss=codebook_loss.detach(),
+            commitment_loss=commitment_loss.detach(),
+            reconstruction=reconstruction,
+            semantic_reconstruction=decoded_semantic,
+            codes=codes,
+        )
+        return output if return_dict in (None, True) else output.to_tuple()
+
+    def _quantize_for_training(self, latents: torch.Tensor, generator: torch.Generator | None):
+        """Straight-through residual quantization with scale dropout and revival of dead codes."""
+        grids = self._check_grids(None, latents.shape[-2:])
+        keep = torch.rand(len(grids), generator=generator) >= self.config.scale_dropout
+        keep[0] = True
+        if not self.training:
+            keep[:] = True
+        kept = [grid for grid, kept_ in zip(grids, keep.tolist()) if kept_]
+        residual, features = latents, 0
+        all_codes, all_vectors, codebook_losses, commitment_losses = [], [], [], []
+        table = self.codebook.table().detach()
+        for grid in kept:
+            vectors = self.codebook.normalize(_pool(residual, grid))
+            with torch.no_grad():
+                codes = self.codebook.nearest(vectors, table)[1][:, 0]
+            quantized = self.codebook.lookup(codes)
+            codebook_losses.append(F.mse_loss(quantized, vectors.detach()))
+            commitment_losses.append(F.mse_loss(vectors, quantized.detach()))
+            straight_through = vectors + (quantized - vectors).detach()
+            upsampled = upsample(_to_map(straight_through, len(latents), grid), latents.shape[-2:])
+            features = features + upsampled
+            residual = residual - upsampled.detach()
+            all_codes.append(codes)
+            all_vectors.append(vectors.detach())
+        if self.training:
+            self._revive_dead_codes(torch.cat(all_codes), torch.cat(all_vectors), generator)
+        codes = torch.cat([codes.view(len(latents), -1) for codes in all_codes], dim=1)
+        return features, codes, torch.stack(codebook_losses).mean(), torch.stack(commitment_losses).mean()
+
+    @torch.no_grad()
+    def _revive_dead_codes(self, codes: torch.Tensor, vectors: torch.Tensor, generator: torch.Generator | None):
+        """Track how often each code is chosen; move the unused ones onto current encoder outputs."""
+        codebook = self.codebook
+        counts = torch.bincount(codes, minlength=codebook.size).to(codebook.usage)
+        codebook.usage.lerp_(counts * (codebook.size / codes.numel()), 0.02)
+        dead = (codebook.usage < self.config.dead_code_threshold).nonzero()[:, 0]
+        if len(dead) == 0:
+            return
+        picks = torch.randint(len(vectors), (len(dead),), generator=generator).to(vectors.device)
+        semantic, pixel = vectors[picks].split([self.config.semantic_dim, self.config.pixel_dim], dim=-1)
+        codebook.semantic.weight[dead] = semantic.to(codebook.semantic.weight)
+        codebook.pixel.weight[dead] = pixel.to(codebook.pixel.weight)
+        codebook.usage[dead] = 1.0
+
+    # ---- identity and checks -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fingerprint(self) -> str:
+        """Hash of both code tables, the same in float32 and bfloat16."""
+        digest = hashlib.sha256()
+        for table in (self.codebook.semantic.weight, self.codebook.pixel.weight):
+            digest.update(table.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _patchify(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, Grid]:
+        """Pixels -> rows of `(patch, patch, channel)` values in raster order, as SigLIP2's image processor makes them."""
+        patch = self.config.downsample
+        patches = pixel_values.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
+        grid = (patches.shape[2], patches.shape[4])
+        return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2), grid
+
+    def _check_pixels(self, pixel_values: torch.Tensor) -> None:
+        channels, patch = self.config.num_channels, self.config.downsample
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels or not pixel_values.is_floating_point():
+            raise ValueError(
+                f"Expected float pixels of shape (batch, {channels}, height, width), got {pixel_values.dtype} of shape "
+                f"{tuple(pixel_values.shape)}."
+            )
+        height, width = pixel_values.shape[-2:]
+        if min(height, width) < patch or height % patch or width % patch:
+            raise ValueError(f"Picture sides must be positive multiples of {patch} pixels, got {height}x{width}.")
+        if not torch.isfinite(pixel_values).all():
+            raise ValueError("The pixels hold NaN or infinite values.")
+
+    def _check_grids(self, grids: Sequence[Grid] | None, final_grid: Sequence[int]) -> tuple[Grid, ...]:
+        if grids is None:
+            height, width = self.schedule.image_size(tuple(final_grid))
+            return self.schedule.grids_for_size(height, width)
+        grids = tuple((int(h), int(w)) for h, w in grids)
+        self.schedule.check_grids(grids)
+        if grids[-1] != tuple(final_grid):
+            raise ValueError(f"The last scale is {grids[-1]}, but the picture has a grid of {tuple(final_grid)}.")
+        return grids
+
+    def _check_codes(self, codes: torch.LongTensor) -> None:
+        if codes.ndim != 2 or codes.is_floating_point():
+            raise ValueError(f"Expected integer codes of shape (batch, num_codes), got {codes.dtype} {codes.shape}.")
+        if codes.numel() and (codes.min() < 0 or codes.max() >= self.codebook.size):
+            raise ValueError(
+                f"Codes must lie in 0..{self.codebook.size - 1}, got {codes.min().item()}..{codes.max().item()}."
+            )
+
+
+def _cnn_blocks(direction: str, levels: int, attention: bool) -> tuple[str, ...]:
+    """diffusers' block names of a VQGAN-style CNN that attends at its lowest resolution alone."""
+    plain, attending = f"{direction}EncoderBlock2D", f"Attn{direction}EncoderBlock2D"
+    if direction == "Up":
+        plain, attending = "UpDecoderBlock2D", "AttnUpDecoderBlock2D"
+    lowest = attending if attention else plain
+    rest = (plain,) * (levels - 1)
+    return (*rest, lowest) if direction == "Down" else (lowest, *rest)
+
+
+def _pool(features: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Area-downsample `(batch, dim, H, W)` to `grid` and lay the positions out as rows `(batch * h * w, dim)`."""
+    pooled = F.interpolate(features, size=tuple(grid), mode="area")
+    return pooled.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _to_map(rows: torch.Tensor, batch: int, grid: Grid) -> torch.Tensor:
+    """Rows `(batch * h * w, dim)` -> `(batch, dim, h, w)`."""
+    return rows.view(batch, *grid, -1).permute(0, 3, 1, 2)
+
+
+def _sample_near(
+    distances: torch.Tensor, codes: torch.Tensor, share: float, generator: torch.Generator | None
+) -> torch.Tensor:
+    """At a `share` of the rows draw one of their near codes with weight softmax(-distance); elsewhere the nearest.
+
+    The paper names a multinomial over the top-k and states neither k nor the weights.
+    """
+    weights = torch.softmax(-distances, dim=-1).cpu()
+    draw = torch.multinomial(weights, 1, generator=generator).to(codes.device)
+    chosen = codes.gather(1, draw)[:, 0]
+    corrupt = (torch.rand(len(codes), generator=generator) < share).to(codes.device)
+    return torch.where(corrupt, chosen, codes[:, 0])
