@@ -1,0 +1,706 @@
+"""Next-scale drawing inside `generate`.
+
+`generation_mode` chooses: `"text"` is transformers' own `generate` with the image codes masked out; `"image"` draws one
+picture per prompt; `"interleaved"` alternates until the model ends its turn. The drawing routine reads as numbered
+steps in [`NextScaleGenerationMixin._draw`]: one pass over the prompts, then one pass per scale over that scale's slots
+alone, all codes of a scale at once.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from queue import Queue
+
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationMixin, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
+
+from .image_layout import block_positions, find_images, layout_sequences, read_grids
+from .scale_schedule import Grid
+
+GENERATION_MODES = ("text", "image", "interleaved")
+# The defaults of VAR-RL section 4.1, used where the checkpoint's generation config says nothing.
+DEFAULT_SAMPLING = {"guidance_scale": 5.0, "temperature": 1.0, "top_k": 2, "top_p": 0.9}
+
+
+@dataclass
+class NextFlowImageOutput(ModelOutput):
+    """Pictures that were drawn.
+
+    Args:
+        images (`list[torch.FloatTensor]`): Pixels `(3, height, width)` in [-1, 1] of each prompt's picture.
+        codes (`list[torch.LongTensor]`): Codes of each picture, coarse to fine.
+        grids (`list[tuple]`): Scales of each picture.
+        log_probs (`list[torch.FloatTensor]`):
+            Log-probability of each code under the model given the prompt, at temperature 1, without guidance and
+            before top-k and top-p: what a teacher-forced pass over the drawn picture gives.
+    """
+
+    images: list | None = None
+    codes: list | None = None
+    grids: list | None = None
+    log_probs: list | None = None
+
+
+@dataclass
+class NextFlowInterleavedOutput(ModelOutput):
+    """Text and pictures in the order in which they were made.
+
+    Args:
+        segments (`list[list[torch.Tensor]]`):
+            For each prompt its segments: int64 `(tokens,)` ids of text, or float32 `(3, height, width)` pixels.
+        codes (`list[list[torch.LongTensor]]`): For each prompt the codes of its pictures, in order.
+    """
+
+    segments: list | None = None
+    codes: list | None = None
+
+
+@dataclass
+class ScaleStep:
+    """What a callback or streamer is handed after each scale.
+
+    Attributes:
+        scale: Index of the scale just drawn, from 0.
+        num_scales: Number of scales of the largest picture in the batch.
+        grids: All scales of each picture.
+        codes: All codes of each picture so far, coarse to fine.
+    """
+
+    scale: int
+    num_scales: int
+    grids: list[tuple[Grid, ...]]
+    codes: list[torch.LongTensor]
+    _decode: Callable = field(repr=False)
+
+    def preview(self) -> list[torch.Tensor]:
+        """Decode what is drawn so far: pixels `(3, height, width)` at full size for each picture."""
+        return self._decode(self.codes, self.grids)
+
+
+class ScaleStreamer(BaseStreamer):
+    """Iterator over the [`ScaleStep`]s of a drawing that runs in another thread.
+
+    Args:
+        timeout: Seconds to wait for the next scale before `queue.Empty` is raised; `None` waits for ever.
+    """
+
+    _END = object()
+
+    def __init__(self, timeout: float | None = None):
+        self.queue: Queue = Queue()
+        self.timeout = timeout
+
+    def put(self, value):
+        self.queue.put(value)
+
+    def end(self):
+        self.queue.put(self._END)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> ScaleStep:
+        step = self.queue.get(timeout=self.timeout)
+        if step is self._END:
+            raise StopIteration
+        return step
+
+
+@dataclass(frozen=True)
+class ImageSampling:
+    """How codes are drawn from the model's scores.
+
+    Attributes:
+        guidance_scale: Strength of classifier-free guidance; 0 draws from the conditional scores alone. It grows
+            over the scales: t_k = guidance_scale * k / (K - 1), scores = (1 + t_k) * cond - t_k * uncond.
+        temperature: Divides the scores; 0 always takes the likeliest code.
+        top_k: Codes kept, the likeliest first; 0 keeps all.
+        top_p: Of these, the likeliest are kept until their probabilities reach this sum; 1 keeps all.
+    """
+
+    guidance_scale: float = DEFAULT_SAMPLING["guidance_scale"]
+    temperature: float = DEFAULT_SAMPLING["temperature"]
+    top_k: int = DEFAULT_SAMPLING["top_k"]
+    top_p: float = DEFAULT_SAMPLING["top_p"]
+
+    def __post_init__(self):
+        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
+            raise ValueError(f"`guidance_scale` must be a finite number >= 0, got {self.guidance_scale}.")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"`temperature` must be a finite number >= 0, got {self.temperature}.")
+        if self.top_k < 0 or int(self.top_k) != self.top_k:
+            raise ValueError(f"`top_k` must be a whole number >= 0, got {self.top_k}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` must lie in (0, 1], got {self.top_p}.")
+
+
+def sample_codes(scores: torch.Tensor, uniforms: torch.Tensor, sampling: ImageSampling) -> torch.LongTensor:
+    """Draw one code per row.
+
+    Args:
+        scores: float `(rows, codebook_size)`.
+        uniforms: `(rows,)` numbers in [0, 1), the only randomness.
+        sampling: Temperature, top-k and top-p.
+
+    Returns:
+        `(rows,)` codes.
+    """
+    if sampling.temperature == 0 or sampling.top_k == 1:
+        return scores.argmax(dim=-1)
+    kept = min(sampling.top_k or scores.shape[-1], scores.shape[-1])
+    # top-k first: top-p then sorts k scores, not the codebook.
+    scores, codes = (scores / sampling.temperature).topk(kept, dim=-1)
+    probabilities = scores.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
+    cumulative = probabilities.cumsum(dim=-1)
+    thresholds = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
+    choice = (cumulative <= thresholds).sum(dim=-1, keepdim=True)
+    # Rounding may put a threshold at the very end; the last code with any probability is meant.
+    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
+    return codes.gather(-1, torch.minimum(choice, last))[:, 0]
+
+
+def ramp(guidance_scale: float, scale: int, num_scales: int) -> float:
+    """Guidance at a scale: linear from 0 at the first to `guidance_scale` at the last (VAR, TokenFlow)."""
+    return guidance_scale * scale / max(1, num_scales - 1)
+
+
+class _TextVocabulary(LogitsProcessor):
+    """Masks what only drawing may produce: codes and placeholders; begin-of-image too where no picture may follow."""
+
+    def __init__(self, config, images: bool):
+        self.code_start_id = config.code_start_id
+        self.banned = [config.image_token_id, config.eoi_token_id, *([] if images else [config.boi_token_id])]
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        scores[:, self.code_start_id :] = -math.inf
+        scores[:, self.banned] = -math.inf
+        return scores
+
+
+class NextScaleGenerationMixin(GenerationMixin):
+    """`generate` with next-scale drawing, for a model with `model`, `lm_head`, `vq_model` and a `NextFlowConfig`."""
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, generation_mode: str | None = None, **kwargs):
+        """Continue prompts with text, with a picture, or with both.
+
+        Args:
+            inputs: `input_ids` of the prompts, left-padded; may be given by name as well.
+            generation_mode: `"text"` (default), `"image"` or `"interleaved"`.
+            kwargs: In `"text"` mode, those of transformers' `generate`. In the others the prompts (`input_ids`,
+                `attention_mask`, and `pixel_values` or `image_codes` with `image_grids` for images they hold) and:
+
+                * `image_size`: (height, width) in pixels, or one pair per prompt. By default the checkpoint's first
+                  trained size, or the lowest resolution of the schedule.
+                * `guidance_scale`, `temperature`, `top_k`, `top_p`: see [`ImageSampling`]. Defaults come from
+                  `image_*` entries of the checkpoint's generation config. In interleaved mode their names carry the
+                  prefix `image_`, and the plain names govern text.
+                * `seed`: one number (prompt i is drawn with seed + i), or one per prompt. A picture depends on its own
+                  seed alone, not on what else is in the batch.
+                * `generator`: `torch.Generator`, or one per prompt, instead of `seed`.
+                * `negative_prompt_ids`, `negative_prompt_attention_mask`: what guidance leads away from; by default the
+                  prompt without its text.
+                * `use_cache`, `cache_implementation` (`"dynamic"` or `"static"`): the key-value cache.
+                * `callback_on_scale_end`: called with a [`ScaleStep`] after each scale; returning `False` stops.
+                * `streamer`: given each [`ScaleStep`] by `put`, then `end`.
+                * `max_images` (interleaved): pictures per prompt at most; 8 by default.
+
+        Returns:
+            As transformers' `generate` in `"text"` mode, [`NextFlowImageOutput`] in `"image"` mode,
+            [`NextFlowInterleavedOutput`] in `"interleaved"` mode.
+
+        Raises:
+            ValueError: If an argument is unknown or out of range, or the checkpoint lacks the ability.
+        """
+        mode = generation_mode or getattr(self.generation_config, "generation_mode", None) or "text"
+        if mode not in GENERATION_MODES:
+            raise ValueError(f"`generation_mode` must be one of {GENERATION_MODES}, got {mode!r}.")
+        if inputs is not None:
+            kwargs["input_ids"] = inputs
+        has_images = any(kwargs.get(name) is not None for name in ("pixel_values", "image_codes"))
+        self._check_abilities(mode, has_images)
+        if mode == "text":
+            processors = LogitsProcessorList([_TextVocabulary(self.config, images=False)])
+            processors.extend(kwargs.pop("logits_processor", None) or [])
+            return super().generate(logits_processor=processors, **kwargs)
+        if mode == "image":
+            return self._generate_images(**kwargs)
+        return self._generate_interleaved(**kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration: bool | None = False, **kwargs):
+        """Images go in once; later text takes up the time at which they left it."""
+        images = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_codes", "image_grids")}
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if images["image_grids"] is None:
+            return model_inputs
+        if is_first_iteration or not kwargs.get("use_cache", True):
+            model_inputs.pop("position_ids", None)
+            return {**model_inputs, **images}
+        grids = read_grids(images["image_grids"])
+        spans = find_images(input_ids, grids, self.config)
+        saved = torch.zeros(len(input_ids), 1, dtype=torch.long, device=input_ids.device)
+        for span in spans:
+            saved[span.row] += span.num_slots - span.num_blocks
+        model_inputs["position_ids"] = model_inputs["position_ids"] - saved
+        return model_inputs
+
+    # ---- what a checkpoint can do ------------------------------------------------------------------------------------
+
+    def _check_abilities(self, mode: str, has_images: bool) -> None:
+        abilities = self.config.abilities
+        if abilities is None:
+            return
+        needed = {
+            ("text", False): "text",
+            ("text", True): "caption",
+            ("image", False): "image",
+            ("image", True): "edit",
+            ("interleaved", False): "interleaved",
+            ("interleaved", True): "interleaved",
+        }[mode, has_images]
+        if needed not in abilities:
+            raise ValueError(
+                f"This checkpoint was not trained for {needed!r} (generation_mode={mode!r}"
+                f"{' with images in the prompt' if has_images else ''}); it can {sorted(abilities)}. Fine-tune it, then "
+                "list the ability in `config.abilities`."
+            )
+
+    def _check_image_size(self, size: tuple[int, int]) -> None:
+        trained = self.config.trained_image_sizes
+        if trained is not None and list(size) not in [list(known) for known in trained]:
+            raise ValueError(
+                f"This checkpoint was trained to draw {[f'{h}x{w}' for h, w in trained]} (height x width), not "
+                f"{size[0]}x{size[1]}."
+            )
+
+    # ---- drawing -----------------------------------------------------------------------------------------------------
+
+    def _generate_images(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_codes: torch.LongTensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+        image_size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        negative_prompt_ids: torch.LongTensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        use_cache: bool = True,
+        cache_implementation: str = "dynamic",
+        callback_on_scale_end: Callable[[ScaleStep], bool | None] | None = None,
+        streamer: BaseStreamer | None = None,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        **unknown,
+    ) -> NextFlowImageOutput:
+        # 1. Check everything before any work is done.
+        if unknown:
+            raise ValueError(f"generate(generation_mode='image') does not know the arguments {sorted(unknown)}.")
+        input_ids, attention_mask = self._check_prompts(input_ids, attention_mask)
+        batch = len(input_ids)
+        sampling = self._image_sampling(
+            guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p
+        )
+        grids = self._check_sizes(image_size, batch)
+        generators = _row_generators(seed, generator, batch)
+        if cache_implementation not in ("dynamic", "static"):
+            raise ValueError(f'`cache_implementation` must be "dynamic" or "static", got {cache_implementation!r}.')
+        if pixel_values is not None and image_codes is None:
+            image_codes, context_grids = self.model.encode_images(pixel_values, image_grids)
+        else:
+            context_grids = read_grids(image_grids) if image_grids is not None else []
+
+        # 2. Every prompt ends with <boi>, the slot of the first scale.
+        input_ids, attention_mask = self._append_boi(input_ids, attention_mask)
+        prompts = [(input_ids, attention_mask)]
+        if sampling.guidance_scale > 0:
+            prompts.append(
+                self._unconditional(input_ids, attention_mask, negative_prompt_ids, negative_prompt_attention_mask)
+            )
+
+        # 3. Draw, and decode each picture once.
+        codes, log_probs = self._draw(
+            prompts=prompts,
+            image_codes=image_codes,
+            context_grids=context_grids,
+            grids=grids,
+            sampling=sampling,
+            generators=generators,
+            use_cache=use_cache,
+            static_cache=cache_implementation == "static",
+            callback=callback_on_scale_end,
+            streamer=streamer,
+        )
+        return NextFlowImageOutput(
+            images=self._decode_pictures(codes, grids), codes=codes, grids=grids, log_probs=log_probs
+        )
+
+    def _draw(
+        self, prompts, image_codes, context_grids, grids, sampling, generators, use_cache, static_cache, callback, streamer
+    ) -> tuple[list[torch.LongTensor], list[torch.Tensor]]:
+        """The next-scale loop. Returns the codes and log-probabilities of each picture.
+
+        Rows of the forward passes are the conditional prompts, then (with guidance) the unconditional ones. Pictures
+        may differ in size: a scale's slots are padded to the largest and masked.
+        """
+        batch, branches = len(grids), len(prompts)
+        device = prompts[0][0].device
+        num_scales = torch.tensor([len(own) for own in grids], device=device).repeat(branches)
+
+        # 1. One pass over the prompts, both branches at once.
+        input_ids, attention_mask = _stack_left(prompts, pad_id=_pad_id(self.config))
+        prompt_grids, prompt_codes = self._prompt_images(input_ids, context_grids, image_codes, grids, branches)
+        layout = layout_sequences(input_ids, attention_mask, prompt_grids, self.config)
+        embeds = self.model.language_model.embed_tokens(input_ids)
+        embeds = self.model.embed_images(embeds, layout.spans, prompt_codes)
+        positions, block_ids = layout.position_ids, layout.block_ids
+        start_time = positions[0, :, -1]
+        cache = self._make_cache(use_cache, static_cache, input_ids.shape[1], grids)
+        hidden = self._pass(embeds, positions, attention_mask, block_ids, cache)[:, -1:]
+
+        scales: list[list[torch.LongTensor]] = [[] for _ in range(batch)]
+        log_probs: list[list[torch.Tensor]] = [[] for _ in range(batch)]
+        for scale in range(max(len(own) for own in grids)):
+            # 2. From the second scale on: one pass over this scale's slots, fed with the scale before.
+            if scale > 0:
+                block, block_positions_, block_mask = self._block(scales, grids, scale, num_scales, start_time, branches)
+                attention_mask = torch.cat([attention_mask, block_mask], dim=1)
+                block_ids = torch.cat([block_ids, torch.where(block_mask > 0, int(block_ids.max()) + 1, -1)], dim=1)
+                if use_cache:
+                    hidden = self._pass(block, block_positions_, attention_mask, block_ids, cache)
+                else:
+                    embeds = torch.cat([embeds, block], dim=1)
+                    positions = torch.cat([positions, block_positions_], dim=2)
+                    hidden = self._pass(embeds, positions, attention_mask, block_ids, None)[:, -block.shape[1] :]
+            # 3. Scores of the codes alone, guided, and one draw per slot from the picture's own generator.
+            scores = self._code_scores(hidden)
+            for row in range(batch):
+                if scale >= len(grids[row]):
+                    continue
+                slots = grids[row][scale][0] * grids[row][scale][1]
+                conditional = guided = scores[row, :slots]
+                if branches == 2:
+                    strength = ramp(sampling.guidance_scale, scale, len(grids[row]))
+                    guided = (1 + strength) * conditional - strength * scores[batch + row, :slots]
+                uniforms = torch.rand(slots, generator=generators[row], dtype=torch.float64)
+                drawn = sample_codes(guided, uniforms.to(device), sampling)
+                scales[row].append(drawn)
+                log_probs[row].append(conditional.log_softmax(dim=-1).gather(-1, drawn[:, None])[:, 0])
+            # 4. Tell who watches.
+            if callback is not None or streamer is not None:
+                step = ScaleStep(
+                    scale=scale,
+                    num_scales=max(len(own) for own in grids),
+                    grids=grids,
+                    codes=[torch.cat(own) for own in scales],
+                    _decode=self._decode_pictures,
+                )
+                if streamer is not None:
+                    streamer.put(step)
+                if callback is not None and callback(step) is False:
+                    break
+        if streamer is not None:
+            streamer.end()
+        return [torch.cat(own) for own in scales], [torch.cat(own) for own in log_probs]
+
+    def _prompt_images(self, input_ids, context_grids, image_codes, grids, branches):
+        """Grids and codes of all images in the rows, in order: those of the prompts, and the begun one of each row."""
+        images_per_row = (input_ids == self.config.boi_token_id).sum(dim=1).tolist()
+        no_codes = torch.empty(0, dtype=torch.long, device=input_ids.device)
+        all_grids, all_codes = [], []
+        for branch in range(branches):
+            context = iter(range(len(context_grids)))
+            for row, own in enumerate(grids):
+                for _ in range(images_per_row[branch * len(grids) + row] - 1):
+                    index = next(context, None)
+                    if index is None:
+                        raise ValueError(
+                            f"The prompts hold more than the {len(context_grids)} images whose pixels or codes came."
+                        )
+                    all_grids.append(context_grids[index])
+                    all_codes.append(image_codes[index].to(input_ids.device))
+                all_grids.append(own)
+                all_codes.append(no_codes)
+        return all_grids, nn.utils.rnn.pad_sequence(all_codes, batch_first=True, padding_value=-1)
+
+    def _block(self, scales, grids, scale, num_scales, start_time, branches):
+        """Embeddings, positions and mask of one scale's slots for all rows, padded to the largest picture."""
+        device = start_time.device
+        batch = len(grids)
+        active = [row for row in range(batch) if scale < len(grids[row])]
+        width = max(grids[row][scale][0] * grids[row][scale][1] for row in active)
+        features = torch.zeros(batch, width, self.config.vq_config.code_dim, device=device)
+        positions = torch.zeros(3, batch, width, device=device)
+        mask = torch.zeros(batch, width, dtype=torch.long, device=device)
+        groups: dict = {}
+        for row in active:
+            groups.setdefault(grids[row], []).append(row)
+        for own, rows in groups.items():
+            slots = own[scale][0] * own[scale][1]
+            codes = [torch.stack([scales[row][k] for row in rows]).unflatten(1, own[k]) for k in range(scale)]
+            features[rows, :slots] = self.vq_model.scale_inputs(codes, own, self.config.visual_input)
+            positions[1:, rows, :slots] = block_positions(own[scale], self.config.position_range, device)[:, None]
+            mask[rows, :slots] = 1
+        embeds = self.model.embed_block(features.repeat(branches, 1, 1), scale, num_scales)
+        positions = positions.repeat(1, branches, 1)
+        positions[0] = start_time[:, None] + scale
+        return embeds, positions, mask.repeat(branches, 1)
+
+    def _pass(self, embeds, positions, attention_mask, block_ids, cache) -> torch.Tensor:
+        return self.model(
+            inputs_embeds=embeds,
+            position_ids=positions,
+            attention_mask=attention_mask,
+            block_sequence_ids=block_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    def _code_scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Only the code rows of the head: float32 (or wider) `(..., codebook_size)`."""
+        start = self.config.code_start_id
+        rows = self.lm_head.weight[start : start + self.config.vq_config.codebook_size]
+        scores = nn.functional.linear(hidden, rows)
+        return scores if scores.dtype == torch.float64 else scores.float()
+
+    def _make_cache(self, use_cache: bool, static: bool, prompt_length: int, grids: list[tuple[Grid, ...]]):
+        if not use_cache:
+            return None
+        text_config = self.config.text_config
+        if not static:
+            return DynamicCache(config=text_config)
+        blocks = range(1, max(len(own) for own in grids))
+        slots = sum(max(own[k][0] * own[k][1] for own in grids if k < len(own)) for k in blocks)
+        return StaticCache(config=text_config, max_cache_len=prompt_length + slots)
+
+    def _decode_pictures(self, codes: list[torch.LongTensor], grids: list[tuple[Grid, ...]]) -> list[torch.Tensor]:
+        """Pixels of each picture; pictures of one shape are decoded together."""
+        images: list[torch.Tensor | None] = [None] * len(codes)
+        groups: dict = {}
+        for row, own in enumerate(grids):
+            groups.setdefault((own, len(codes[row])), []).append(row)
+        for (own, _), rows in groups.items():
+            for row, image in zip(rows, self.vq_model.decode(torch.stack([codes[row] for row in rows]), own).float()):
+                images[row] = image
+        return images
+
+    # ---- text and pictures in turn -----------------------------------------------------------------------------------
+
+    def _generate_interleaved(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_codes: torch.LongTensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+        image_size: tuple[int, int] | None = None,
+        seed: int | Sequence[int] | None = None,
+        max_images: int = 8,
+        max_new_tokens: int = 256,
+        image_guidance_scale: float | None = None,
+        image_temperature: float | None = None,
+        image_top_k: int | None = None,
+        image_top_p: float | None = None,
+        **text_kwargs,
+    ) -> NextFlowInterleavedOutput:
+        """Text until `<boi>`, a picture, `<eoi>`, and so on, each prompt on its own.
+
+        A prompt ends with the end-of-turn token, with its `max_new_tokens`-th text token, or when `<boi>` comes after
+        `max_images` pictures.
+        """
+        if max_images < 0 or max_new_tokens < 1:
+            raise ValueError(f"Need max_images >= 0 and max_new_tokens >= 1, got {max_images} and {max_new_tokens}.")
+        input_ids, attention_mask = self._check_prompts(input_ids, attention_mask)
+        if pixel_values is not None and image_codes is None:
+            image_codes, context_grids = self.model.encode_images(pixel_values, image_grids)
+        else:
+            context_grids = read_grids(image_grids) if image_grids is not None else []
+        seeds = _row_seeds(seed, len(input_ids))
+        spans = find_images(input_ids, context_grids, self.config)
+        output = NextFlowInterleavedOutput(segments=[], codes=[])
+        for row in range(len(input_ids)):
+            own = [index for index, span in enumerate(spans) if span.row == row]
+            ids = input_ids[row][attention_mask[row] > 0][None]
+            codes = [image_codes[index][image_codes[index] >= 0] for index in own]
+            grids = [context_grids[index] for index in own]
+            segments, drawn = [], []
+            budget = max_new_tokens
+            while budget > 0:
+                images = _image_inputs(codes, grids)
+                generated = super().generate(
+                    input_ids=ids,
+                    **images,
+                    max_new_tokens=budget,
+                    eos_token_id=[*_as_list(self.generation_config.eos_token_id), self.config.boi_token_id],
+                    logits_processor=LogitsProcessorList([_TextVocabulary(self.config, images=True)]),
+                    **text_kwargs,
+                )[0, ids.shape[1] :]
+                budget -= len(generated)
+                wants_image = len(generated) > 0 and int(generated[-1]) == self.config.boi_token_id
+                text = generated[:-1] if wants_image else generated
+                if len(text):
+                    segments.append(text)
+                if not wants_image or len(drawn) == max_images:
+                    break
+                ids = torch.cat([ids, generated[None]], dim=1)
+                picture = self._generate_images(
+                    ids,
+                    **images,
+                    image_size=image_size,
+                    seed=None if seeds is None else seeds[row] + len(drawn),
+                    guidance_scale=image_guidance_scale,
+                    temperature=image_temperature,
+                    top_k=image_top_k,
+                    top_p=image_top_p,
+                )
+                segments.append(picture.images[0])
+                drawn.append(picture.codes[0])
+                codes.append(picture.codes[0])
+                grids.append(picture.grids[0])
+                slots = sum(h * w for h, w in picture.grids[0][1:])
+                closing = [self.config.image_token_id] * slots + [self.config.eoi_token_id]
+                ids = torch.cat([ids, ids.new_tensor([closing])], dim=1)
+            output.segments.append(segments)
+            output.codes.append(drawn)
+        return output
+
+    # ---- arguments ---------------------------------------------------------------------------------------------------
+
+    def _image_sampling(self, **given) -> ImageSampling:
+        """Arguments, else the checkpoint's `image_*` generation settings, else VAR-RL's."""
+        chosen = {}
+        for name, value in given.items():
+            if value is None:
+                value = getattr(self.generation_config, f"image_{name}", None)
+            chosen[name] = DEFAULT_SAMPLING[name] if value is None else value
+        return ImageSampling(**chosen)
+
+    def _check_prompts(self, input_ids, attention_mask) -> tuple[torch.LongTensor, torch.LongTensor]:
+        if input_ids is None or input_ids.ndim != 2 or 0 in input_ids.shape:
+            raise ValueError("`input_ids` must hold at least one prompt of at least one token, as (batch, length).")
+        vocabulary = self.config.text_config.vocab_size
+        if input_ids.min() < 0 or input_ids.max() >= vocabulary:
+            raise ValueError(f"Token ids must lie in 0..{vocabulary - 1}.")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"`attention_mask` {tuple(attention_mask.shape)} does not fit `input_ids` {tuple(input_ids.shape)}."
+            )
+        attention_mask = attention_mask.long()
+        if not bool(attention_mask[:, -1].all()):
+            raise ValueError("Prompts must be padded on the left: the last position of each row must be a token.")
+        return input_ids.to(self.device), attention_mask.to(self.device)
+
+    def _check_sizes(self, image_size, batch: int) -> list[tuple[Grid, ...]]:
+        """Scales of each picture."""
+        schedule = self.config.schedule
+        if image_size is None:
+            trained = self.config.trained_image_sizes
+            image_size = tuple(trained[0]) if trained else (min(schedule.resolutions),) * 2
+        if isinstance(image_size[0], int):
+            image_size = [image_size] * batch
+        if len(image_size) != batch:
+            raise ValueError(f"`image_size` holds {len(image_size)} sizes for {batch} prompts.")
+        grids = []
+        for size in image_size:
+            if len(size) != 2 or not all(isinstance(side, int) for side in size):
+                raise ValueError(f"An image size is (height, width) in whole pixels, got {size}.")
+            grids.append(schedule.grids_for_size(*size))
+            self._check_image_size(tuple(size))
+        return grids
+
+    def _append_boi(self, input_ids, attention_mask):
+        """End each row with `<boi>`, unless all do already."""
+        if bool((input_ids[:, -1] == self.config.boi_token_id).all()):
+            return input_ids, attention_mask
+        if bool((input_ids[:, -1] == self.config.boi_token_id).any()):
+            raise ValueError("Either all prompts of a batch end with the begin-of-image token, or none.")
+        boi = torch.full_like(input_ids[:, :1], self.config.boi_token_id)
+        return torch.cat([input_ids, boi], dim=1), torch.cat([attention_mask, torch.ones_like(boi)], dim=1)
+
+    def _unconditional(self, input_ids, attention_mask, negative_ids, negative_mask):
+        """The other branch of guidance: a negative prompt, or the prompt's images without its text.
+
+        Training drops the whole text before the picture, so the branch without text is `<boi>` behind the images.
+        """
+        if negative_ids is not None:
+            negative_ids, negative_mask = self._check_prompts(negative_ids, negative_mask)
+            if len(negative_ids) == 1:
+                negative_ids, negative_mask = (x.expand(len(input_ids), -1) for x in (negative_ids, negative_mask))
+            if len(negative_ids) != len(input_ids):
+                raise ValueError(f"{len(negative_ids)} negative prompts were given for {len(input_ids)} prompts.")
+            return self._append_boi(negative_ids, negative_mask)
+        image_tokens = torch.tensor(
+            [self.config.boi_token_id, self.config.image_token_id, self.config.eoi_token_id], device=input_ids.device
+        )
+        return input_ids, attention_mask * torch.isin(input_ids, image_tokens)
+
+
+def _row_seeds(seed, batch: int) -> list[int] | None:
+    if seed is None:
+        return None
+    if isinstance(seed, int):
+        return [seed + row for row in range(batch)]
+    if len(seed) != batch:
+        raise ValueError(f"{len(seed)} seeds were given for {batch} prompts.")
+    return list(seed)
+
+
+def _row_generators(seed, generator, batch: int) -> list[torch.Generator | None]:
+    """One source of randomness per picture, on the CPU so that it is the same on every device."""
+    if seed is not None and generator is not None:
+        raise ValueError("Give `seed` or `generator`, not both.")
+    if generator is not None:
+        generators = [generator] * batch if isinstance(generator, torch.Generator) else list(generator)
+        if len(generators) != batch:
+            raise ValueError(f"{len(generators)} generators were given for {batch} prompts.")
+        if any(own.device.type != "cpu" for own in generators):
+            raise ValueError("Generators must live on the CPU, so that a picture is the same on every device.")
+        return generators
+    seeds = _row_seeds(seed, batch)
+    if seeds is None:
+        return [None] * batch
+    return [torch.Generator().manual_seed(own) for own in seeds]
+
+
+def _pad_id(config) -> int:
+    pad_id = config.text_config.pad_token_id
+    return 0 if pad_id is None else pad_id
+
+
+def _as_list(value) -> list:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _stack_left(prompts, pad_id: int) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Stack branches of unequal length into one left-padded batch."""
+    length = max(ids.shape[1] for ids, _ in prompts)
+    ids = [nn.functional.pad(ids, (length - ids.shape[1], 0), value=pad_id) for ids, _ in prompts]
+    masks = [nn.functional.pad(mask, (length - mask.shape[1], 0)) for _, mask in prompts]
+    return torch.cat(ids), torch.cat(masks)
+
+
+def _image_inputs(codes: list[torch.LongTensor], grids: list[tuple[Grid, ...]]) -> dict[str, torch.Tensor]:
+    """Codes and grids of the images so far as padded tensors; nothing if there are none."""
+    if not codes:
+        return {}
+    scales = [torch.tensor(own) for own in grids]
+    return {
+        "image_codes": nn.utils.rnn.pad_sequence(codes, batch_first=True, padding_value=-1),
+        "image_grids": nn.utils.rnn.pad_sequence(scales, batch_first=True),
+    }

@@ -1,0 +1,167 @@
+"""Where the images of a sequence lie: slots, positions, blocks. The one place that knows it.
+
+An image is `<boi>`, then for every scale k = 2..K a block of h_k * w_k slots, then `<eoi>`. The hidden state at
+`<boi>` predicts the 1x1 scale, those of a block predict its scale. A sequence may stop after any whole block (a
+*prefix*: an unfinished drawing, or training on coarse scales alone), and may add one more block with the finest scale's
+own grid (`context_image="scales+final"`): the number of placeholders tells which.
+
+Positions (NextFlow Eq 1): text at time t has (t, t, t); slot (i, j) of an h x w block k has
+(t_boi + k - 1, C / sqrt(h w) * (i + 1/2), C / sqrt(h w) * (j + 1/2)); `<eoi>` follows at t_boi + (number of blocks) + 1.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from .configuration_nextflow import NextFlowConfig
+from .scale_schedule import Grid
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """One image of a batch of sequences.
+
+    Attributes:
+        row: Row of the batch.
+        start: Column of `<boi>`; the first slot of scale 2 follows it.
+        grids: All scales of the picture.
+        num_blocks: How many blocks of slots the sequence holds: K - 1 for a whole image, K with the final block.
+    """
+
+    row: int
+    start: int
+    grids: tuple[Grid, ...]
+    num_blocks: int
+
+    @property
+    def blocks(self) -> tuple[Grid, ...]:
+        """Grids of the blocks in the sequence."""
+        return (*self.grids[1:], self.grids[-1])[: self.num_blocks]
+
+    @property
+    def num_slots(self) -> int:
+        """Slots behind `<boi>`."""
+        return sum(height * width for height, width in self.blocks)
+
+    @property
+    def num_predicted_scales(self) -> int:
+        """Scales whose codes this sequence predicts, the 1x1 scale at `<boi>` included."""
+        return min(self.num_blocks + 1, len(self.grids))
+
+    @property
+    def num_codes(self) -> int:
+        """Codes that this sequence predicts."""
+        return sum(height * width for height, width in self.grids[: self.num_predicted_scales])
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Positions and blocks of a batch of sequences.
+
+    Attributes:
+        spans: The images, in order of row and column.
+        position_ids: float32 `(3, batch, length)`: time, row and column for the rotary sections.
+        block_ids: int64 `(batch, length)`: the same number >= 0 for the slots of one block, -1 elsewhere.
+        time_offsets: int64 `(batch,)`: how many positions more than ticks of time the row's images took.
+    """
+
+    spans: tuple[ImageSpan, ...]
+    position_ids: torch.Tensor
+    block_ids: torch.Tensor
+    time_offsets: torch.Tensor
+
+
+def block_positions(grid: Grid, position_range: float, device=None) -> torch.Tensor:
+    """Spatial positions of an h x w block in raster order: float32 `(2, h * w)`, rows then columns (NextFlow Eq 1)."""
+    height, width = grid
+    step = position_range / math.sqrt(height * width)
+    rows = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) * step
+    columns = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) * step
+    return torch.stack([rows.repeat_interleave(width), columns.repeat(height)])
+
+
+def read_grids(image_grids: torch.Tensor) -> list[tuple[Grid, ...]]:
+    """`(images, scales, 2)` padded with zeros -> the scales of each image."""
+    return [tuple((h, w) for h, w in image if h > 0) for image in image_grids.tolist()]
+
+
+def find_images(
+    input_ids: torch.LongTensor, image_grids: Sequence[tuple[Grid, ...]], config: NextFlowConfig
+) -> tuple[ImageSpan, ...]:
+    """The images of a batch, matched with `image_grids` in order of row and column.
+
+    Raises:
+        ValueError: If images and grids differ in number, or placeholders end within a scale.
+    """
+    is_slot = input_ids == config.image_token_id
+    follows_slot = torch.nn.functional.pad(is_slot, (1, 0))[:, :-1]
+    starts = (input_ids == config.boi_token_id).nonzero().tolist()
+    if len(starts) != len(image_grids):
+        raise ValueError(
+            f"The sequences hold {len(starts)} begin-of-image tokens, but grids of {len(image_grids)} images were given."
+        )
+    if bool((is_slot & ~follows_slot).sum() > len(starts)):
+        raise ValueError("Some image placeholders stand outside an image: each run must follow a begin-of-image token.")
+    run_ends = (~is_slot).long().cumsum(1)
+    spans, total_slots = [], 0
+    for (row, start), grids in zip(starts, image_grids):
+        num_slots = int((run_ends[row, start + 1 :] == run_ends[row, start]).sum())
+        blocks = (*grids[1:], grids[-1]) if len(grids) > 1 else ()
+        cumulative = [0]
+        for height, width in blocks:
+            cumulative.append(cumulative[-1] + height * width)
+        if num_slots not in cumulative:
+            raise ValueError(
+                f"Row {row} has {num_slots} image placeholders behind position {start}, which end within a scale of "
+                f"{list(grids)}: {cumulative[1:]} would end with one."
+            )
+        spans.append(ImageSpan(row, start, grids, cumulative.index(num_slots)))
+        total_slots += num_slots
+    if total_slots != int(is_slot.sum()):
+        raise ValueError(
+            f"The sequences hold {int(is_slot.sum())} image placeholders, but their images account for {total_slots}."
+        )
+    return tuple(spans)
+
+
+def layout_sequences(
+    input_ids: torch.LongTensor,
+    attention_mask: torch.Tensor | None,
+    image_grids: Sequence[tuple[Grid, ...]],
+    config: NextFlowConfig,
+) -> SequenceLayout:
+    """Positions and blocks of `(batch, length)` sequences of text and images. Padding may stand on either side."""
+    device = input_ids.device
+    spans = find_images(input_ids, image_grids, config)
+    valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(torch.long)
+    time = (valid.cumsum(1) - 1).clamp(min=0)
+    position_ids = time.float().expand(3, -1, -1).clone()
+    block_ids = torch.full_like(input_ids, -1)
+    time_offsets = torch.zeros(len(input_ids), dtype=torch.long, device=device)
+    next_block = 0
+    for span in spans:
+        first, end = span.start + 1, span.start + 1 + span.num_slots
+        offsets, blocks = _slot_template(span.blocks, config.position_range, str(device))
+        start_time = position_ids[0, span.row, span.start].clone()
+        position_ids[:, span.row, first:end] = offsets
+        position_ids[0, span.row, first:end] += start_time
+        block_ids[span.row, first:end] = blocks + next_block
+        next_block += span.num_blocks
+        saved = span.num_slots - span.num_blocks
+        position_ids[:, span.row, end:] -= saved
+        time_offsets[span.row] += saved
+    return SequenceLayout(spans, position_ids, block_ids, time_offsets)
+
+
+@lru_cache(maxsize=256)
+def _slot_template(blocks: tuple[Grid, ...], position_range: float, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions (time counted from `<boi>`) and block numbers of the slots of one image."""
+    offsets, numbers = [torch.empty(3, 0)], [torch.empty(0, dtype=torch.long)]
+    for number, (height, width) in enumerate(blocks):
+        time = torch.full((1, height * width), float(number + 1))
+        offsets.append(torch.cat([time, block_positions((height, width), position_range)]))
+        numbers.append(torch.full((height * width,), number))
+    return torch.cat(offsets, dim=1).to(device), torch.cat(numbers).to(device)

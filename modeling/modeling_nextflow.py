@@ -1,0 +1,560 @@
+"""NextFlow: one decoder-only transformer over text tokens and next-scale image codes (arXiv 2601.02204).
+
+What differs from Qwen2.5-VL's text decoder, whose layers, norms, rotary sections and caches are used as they are:
+
+* an image is drawn scale by scale; the slots of a scale attend to each other in both directions (`block_sequence_ids`);
+* a slot is fed the previous scale's codes, looked up in the tokenizer's codebook, through a connector, plus a learned
+  scale embedding and a sinusoidal encoding of the number of scales;
+* rotary positions of slots are normalised to a range that all resolutions share (`image_layout.py`);
+* one head over the merged vocabulary of text tokens and codes; logits of whole images are never materialised.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_nextflow import NextFlowConfig
+from .generation_nextflow import NextScaleGenerationMixin
+from .image_layout import ImageSpan, SequenceLayout, layout_sequences, read_grids
+from .modeling_nextflow_vq import NextFlowVQModel
+from .scale_schedule import Grid
+
+# Rows of logits over the whole vocabulary that a loss holds at a time.
+LOSS_CHUNK_ROWS = 1024
+
+
+@dataclass
+class NextFlowModelOutput(ModelOutput):
+    """Output of [`NextFlowModel`].
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch, length, hidden_size)`): Output of the last layer.
+        past_key_values (`Cache`, *optional*): The key-value cache.
+        hidden_states (`tuple[torch.FloatTensor]`, *optional*): Input of every layer and the output of the last.
+        attentions (`tuple[torch.FloatTensor]`, *optional*): Attention weights of every layer.
+        image_codes (`torch.LongTensor` of shape `(images, num_codes)`, *optional*):
+            Codes of the images, padded with -1; those that were given, or encoded from the pixels.
+        layout (`SequenceLayout`, *optional*): Where the images lie in the sequences.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_codes: torch.LongTensor | None = None
+    layout: SequenceLayout | None = None
+
+
+@dataclass
+class NextFlowOutput(ModelOutput):
+    """Output of [`NextFlowForConditionalGeneration`].
+
+    Args:
+        loss (`torch.FloatTensor`, *optional*): `text_loss` + `image_loss`.
+        logits (`torch.FloatTensor` of shape `(batch, kept, vocab_size)`, *optional*):
+            Scores over text tokens and codes; not computed where a loss is asked for.
+        past_key_values (`Cache`, *optional*): The key-value cache.
+        hidden_states (`tuple[torch.FloatTensor]`, *optional*): Input of every layer and the output of the last.
+        attentions (`tuple[torch.FloatTensor]`, *optional*): Attention weights of every layer.
+        text_loss (`torch.FloatTensor`, *optional*): Mean cross-entropy over the labelled text tokens.
+        image_loss (`torch.FloatTensor`, *optional*): Scale-weighted mean cross-entropy over the labelled codes.
+        image_loss_per_scale (`torch.FloatTensor` of shape `(num_scales,)`, *optional*):
+            Unweighted mean of each scale, NaN for scales without labels.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    text_loss: torch.FloatTensor | None = None
+    image_loss: torch.FloatTensor | None = None
+    image_loss_per_scale: torch.FloatTensor | None = None
+
+
+class NextFlowConnector(nn.Module):
+    """Two-layer MLP from code vectors to the decoder's width (NextFlow sections 2.2 and 3.2)."""
+
+    def __init__(self, config: NextFlowConfig):
+        super().__init__()
+        width = config.text_config.hidden_size
+        self.linear_1 = nn.Linear(config.vq_config.code_dim, width)
+        self.act = nn.GELU()
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """`(..., code_dim)` -> `(..., hidden_size)`."""
+        return self.linear_2(self.act(self.linear_1(features.to(self.linear_1.weight.dtype))))
+
+
+class NextFlowScaleEmbedding(nn.Module):
+    """What tells a slot its scale: a learned embedding, and a sinusoidal encoding of the picture's number of scales.
+
+    The encoding says what resolution is being drawn, from the first code on. The paper gives neither its form nor its
+    place; this one is the transformer's usual sinusoid, added at `<boi>` and at every slot of the image.
+    """
+
+    def __init__(self, config: NextFlowConfig):
+        super().__init__()
+        # One row per scale, and one for the block of final features behind a context image.
+        self.scale = nn.Embedding(config.schedule.num_scales + 1, config.text_config.hidden_size)
+
+    def forward(self, scales: torch.LongTensor, num_scales: torch.Tensor) -> torch.Tensor:
+        """Scale index (from 0) and number of scales of each slot, both `(slots,)` -> `(slots, hidden_size)`."""
+        embeddings = self.scale(scales)
+        half = embeddings.shape[-1] // 2
+        frequencies = torch.exp(torch.arange(half, device=scales.device) * (-math.log(1e4) / half))
+        angles = num_scales.float()[:, None] * frequencies
+        # The scale of the token embeddings, so that it neither drowns nor is drowned.
+        length = torch.cat([angles.sin(), angles.cos()], dim=-1) * 0.02
+        return embeddings + length.to(embeddings.dtype)
+
+
+class NextFlowPreTrainedModel(PreTrainedModel):
+    config: NextFlowConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Qwen2_5_VLDecoderLayer", "NextFlowVQModel"]
+    _skip_keys_device_placement = ["past_key_values", "layout"]
+    _keep_in_fp32_modules_strict = ["codebook"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, NextFlowScaleEmbedding):
+            init.normal_(module.scale.weight, std=self.config.text_config.initializer_range)
+
+
+class NextFlowModel(NextFlowPreTrainedModel):
+    """The decoder with its tokenizer, without the head."""
+
+    def __init__(self, config: NextFlowConfig):
+        super().__init__(config)
+        self.vq_model = NextFlowVQModel._from_config(config.vq_config)
+        self.connector = NextFlowConnector(config)
+        self.scale_embedding = NextFlowScaleEmbedding(config)
+        self.language_model = Qwen2_5_VLTextModel._from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.language_model.embed_tokens = value
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: torch.Tensor, image_grids: torch.Tensor | None = None) -> tuple:
+        """Pixels -> codes.
+
+        Args:
+            pixel_values: `(images, 3, height, width)` in [-1, 1]; smaller pictures are padded at the bottom and right.
+            image_grids: `(images, scales, 2)` padded with zeros; by default every picture has the full size.
+
+        Returns:
+            Codes `(images, num_codes)` padded with -1, and the grids of each image.
+        """
+        if image_grids is None:
+            grids = [self.config.schedule.grids_for_size(*pixel_values.shape[-2:])] * len(pixel_values)
+        else:
+            grids = read_grids(image_grids)
+        if len(grids) != len(pixel_values):
+            raise ValueError(f"{len(pixel_values)} pictures were given, but grids of {len(grids)}.")
+        codes = [None] * len(grids)
+        for key in dict.fromkeys(grids):
+            height, width = self.config.schedule.image_size(key[-1])
+            if height > pixel_values.shape[-2] or width > pixel_values.shape[-1]:
+                raise ValueError(
+                    f"An image's grids end in {key[-1]}, {height}x{width} pixels, but the pixels given are "
+                    f"{pixel_values.shape[-2]}x{pixel_values.shape[-1]}."
+                )
+            members = [index for index, own in enumerate(grids) if own == key]
+            pixels = pixel_values[members][..., :height, :width]
+            for index, own in zip(members, self.vq_model.encode(pixels, key).codes):
+                codes[index] = own
+        return nn.utils.rnn.pad_sequence(codes, batch_first=True, padding_value=-1), grids
+
+    def embed_images(
+        self,
+        inputs_embeds: torch.Tensor,
+        spans: tuple[ImageSpan, ...],
+        image_codes: torch.LongTensor,
+    ) -> torch.Tensor:
+        """Fill the slots of `inputs_embeds` `(batch, length, hidden_size)` with the images' codes.
+
+        Args:
+            inputs_embeds: Embeddings of the text; returned anew, not changed in place.
+            spans: Where the images lie.
+            image_codes: `(images, num_codes)` padded with -1; what the slots are fed.
+        """
+        device = inputs_embeds.device
+        rows, columns, scales, lengths, features = [], [], [], [], []
+        for (grids, num_blocks), members in _group(spans, lambda span: (span.grids, span.num_blocks)).items():
+            for index in members:
+                span = spans[index]
+                rows.append(torch.full((span.num_slots + 1,), span.row))
+                columns.append(torch.arange(span.start, span.start + span.num_slots + 1))
+            scale_of_slot = [0, *(k for k, (h, w) in enumerate(spans[members[0]].blocks, 1) for _ in range(h * w))]
+            scales.append(torch.tensor(scale_of_slot).repeat(len(members)))
+            lengths.append(torch.full((len(scale_of_slot) * len(members),), len(grids)))
+            if num_blocks:
+                features.append(self._slot_features(image_codes[members], grids, num_blocks).flatten(0, 1))
+        rows, columns = torch.cat(rows).to(device), torch.cat(columns).to(device)
+        scales, lengths = torch.cat(scales).to(device), torch.cat(lengths).to(device)
+        is_boi = scales == 0
+        vision_embeds = self.scale_embedding(scales, lengths)
+        # <boi> is a text token that learns its image's length; a slot is its code features.
+        vision_embeds = vision_embeds + torch.where(is_boi[:, None], inputs_embeds[rows, columns], 0)
+        if features:
+            slots = (~is_boi).nonzero()[:, 0]
+            vision_embeds = vision_embeds.index_add(
+                0, slots, self.connector(torch.cat(features)).to(vision_embeds.dtype)
+            )
+        return inputs_embeds.index_put((rows, columns), vision_embeds.to(inputs_embeds.dtype))
+
+    def embed_block(self, features: torch.Tensor, scale: int, num_scales: torch.Tensor) -> torch.Tensor:
+        """Embeddings of one block of slots while drawing: [`embed_images`] for a single scale.
+
+        Args:
+            features: `(batch, slots, code_dim)` from `scale_inputs`.
+            scale: Index of the scale, from 0.
+            num_scales: `(batch,)` number of scales of each picture.
+        """
+        batch, slots, _ = features.shape
+        scales = torch.full((batch * slots,), scale, device=features.device)
+        embeddings = self.scale_embedding(scales, num_scales.repeat_interleave(slots))
+        return self.connector(features) + embeddings.view(batch, slots, -1)
+
+    def _slot_features(self, codes: torch.LongTensor, grids: tuple[Grid, ...], num_blocks: int) -> torch.Tensor:
+        """Code features at all slots of images of one shape: `(images, slots, code_dim)`."""
+        needed = sum(h * w for h, w in grids[: min(num_blocks, len(grids))])
+        if codes.shape[1] < needed:
+            raise ValueError(f"The slots of {num_blocks} blocks need {needed} codes an image, got {codes.shape[1]}.")
+        self.vq_model._check_codes(codes[:, :needed])
+        scales = self.vq_model.split_codes(codes[:, :needed], grids)
+        blocks = [
+            self.vq_model.scale_inputs(scales[:k], grids, self.config.visual_input)
+            for k in range(1, min(num_blocks, len(grids) - 1) + 1)
+        ]
+        if num_blocks == len(grids):
+            blocks.append(self.vq_model.sum_features(codes[:, :needed], grids).flatten(2).transpose(1, 2))
+        return torch.cat(blocks, dim=1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_codes: torch.LongTensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        block_sequence_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> NextFlowModelOutput:
+        """
+        Args:
+            input_ids: `(batch, length)` text tokens, and `<boi>`, placeholders and `<eoi>` for each image.
+            pixel_values: `(images, 3, height, width)` pictures in [-1, 1], encoded on the fly.
+            image_codes: `(images, num_codes)` codes that the slots are fed, padded with -1; instead of pixels.
+            image_grids: `(images, scales, 2)` (height, width) of every scale, padded with zeros. Required with
+                `image_codes`.
+            attention_mask: `(batch, past + length)`, 0 at padding.
+            position_ids: `(3, batch, length)` time, row and column; made from the inputs by default. Text alone may
+                be given as `(batch, length)`.
+            past_key_values: The key-value cache.
+            inputs_embeds: `(batch, length, hidden_size)` instead of `input_ids`; images need `input_ids` beside it.
+            block_sequence_ids: `(batch, past + length)` block of each position, -1 for causal ones; made from the
+                inputs by default.
+            use_cache: Whether to return a cache.
+        """
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("Give `input_ids` or `inputs_embeds`.")
+        layout = None
+        has_images = image_codes is not None or pixel_values is not None
+        if inputs_embeds is None:
+            inputs_embeds = self.language_model.embed_tokens(input_ids)
+        if has_images:
+            if input_ids is None:
+                raise ValueError("Images need `input_ids`, which tell where they stand.")
+            if pixel_values is not None and image_codes is None:
+                image_codes, grids = self.encode_images(pixel_values, image_grids)
+            elif image_grids is None:
+                raise ValueError("`image_codes` need `image_grids`, which tell the scales of each image.")
+            else:
+                grids = read_grids(image_grids)
+                for index, own in enumerate(dict.fromkeys(grids)):
+                    self._check_grids(own, index)
+            if len(image_codes) != len(grids):
+                raise ValueError(f"Codes of {len(image_codes)} images were given, but grids of {len(grids)}.")
+            layout = layout_sequences(input_ids, attention_mask, grids, self.config)
+            inputs_embeds = self.embed_images(inputs_embeds, layout.spans, image_codes)
+            position_ids = layout.position_ids if position_ids is None else position_ids
+            block_sequence_ids = layout.block_ids if block_sequence_ids is None else block_sequence_ids
+        elif input_ids is not None and past_key_values is None and (input_ids == self.config.image_token_id).any():
+            raise ValueError("The text holds image placeholders, but neither `pixel_values` nor `image_codes` came.")
+
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = _text_positions(inputs_embeds, attention_mask, past_length)
+        mask = self._attention_mask(inputs_embeds, attention_mask, past_key_values, block_sequence_ids, kwargs)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return NextFlowModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_codes=image_codes,
+            layout=layout,
+        )
+
+    def _check_grids(self, grids: tuple[Grid, ...], index: int) -> None:
+        try:
+            self.config.schedule.check_grids(grids)
+        except ValueError as error:
+            raise ValueError(f"`image_grids` of image {index}: {error}") from error
+
+    def _attention_mask(self, inputs_embeds, attention_mask, past_key_values, block_sequence_ids, kwargs) -> dict:
+        """The finished mask for each kind of layer: causal, and two-sided within a block."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        if block_sequence_ids is not None and not bool((block_sequence_ids >= 0).any()):
+            block_sequence_ids = None
+        if attention_mask is None:
+            # Without a mask, positions that do not grow by one would be taken for packed sequences.
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            attention_mask = inputs_embeds.new_ones(
+                (inputs_embeds.shape[0], int(past_length) + inputs_embeds.shape[1]), dtype=torch.long
+            )
+        implementation = self.config.text_config._attn_implementation or ""
+        if block_sequence_ids is not None and "flash" in implementation:
+            queries = block_sequence_ids[:, -inputs_embeds.shape[1] :]
+            one_whole_block = bool((queries >= 0).all() and (queries == queries[:, :1]).all())
+            if not (one_whole_block and past_key_values is not None and bool(attention_mask.all())):
+                raise ValueError(
+                    f'"{implementation}" cannot express attention in both directions within a scale and would silently '
+                    "turn causal. It is exact for text, and for cached drawing without padding; elsewhere load the "
+                    'model with attn_implementation="sdpa" or "flex_attention".'
+                )
+            kwargs["is_causal"] = False
+            return {"full_attention": None}
+        mask = create_causal_mask(
+            config=self.config.text_config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            block_sequence_ids=block_sequence_ids,
+        )
+        return {"full_attention": mask}
+
+
+class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextScaleGenerationMixin):
+    """NextFlow with its one head over text tokens and image codes."""
+
+    output_modalities = ("image", "text")
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    # Losses are means over this call's own tokens.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: NextFlowConfig):
+        super().__init__(config)
+        self.model = NextFlowModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; refuses a checkpoint whose tokenizer is not the one its decoder was trained with."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).check_vq_model()
+        return loaded
+
+    @property
+    def vq_model(self) -> NextFlowVQModel:
+        """The image tokenizer. Assigning another one checks that the decoder was trained with it."""
+        return self.model.vq_model
+
+    def set_vq_model(self, vq_model: NextFlowVQModel) -> None:
+        """Replace the image tokenizer, for example by one with a larger pixel decoder.
+
+        Raises:
+            ValueError: If its codebook is not the one that this decoder was trained with.
+        """
+        self.check_vq_model(vq_model)
+        self.model.vq_model = vq_model
+        self.config.vq_config = vq_model.config
+
+    def check_vq_model(self, vq_model: NextFlowVQModel | None = None) -> None:
+        """Raise `ValueError` unless the tokenizer's codebook has the fingerprint that the checkpoint records."""
+        vq_model = self.model.vq_model if vq_model is None else vq_model
+        expected = self.config.codebook_fingerprint
+        if expected is None or vq_model.codebook.semantic.weight.device.type == "meta":
+            return
+        found = vq_model.fingerprint()
+        if found != expected:
+            raise ValueError(
+                f"This decoder was trained with the image tokenizer {expected}, but its tokenizer now has the codebook "
+                f"{found}: it would draw noise. Use the tokenizer of the decoder's own checkpoint, or train the "
+                "decoder on this one and set `config.codebook_fingerprint = vq_model.fingerprint()`."
+            )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_codes: torch.LongTensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        image_labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> NextFlowOutput:
+        """
+        Arguments not listed are those of [`NextFlowModel`].
+
+        Args:
+            labels: `(batch, length)` text labels, shifted inside as usual; -100 where there is none. Labels at
+                `<eoi>` and at placeholders are ignored: slots predict codes.
+            image_labels: `(images, num_codes)` codes that the slots are to predict, aligned (not shifted); -100 where
+                there is none. With self-correction they differ from `image_codes`, which the slots are fed.
+            logits_to_keep: As in transformers. Ignored where labels are given: logits are then not returned.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_codes=image_codes,
+            image_grids=image_grids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        output = NextFlowOutput(
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        if labels is None and image_labels is None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            output.logits = self.lm_head(hidden_states[:, kept])
+            return output
+        if labels is not None:
+            output.text_loss = self._text_loss(hidden_states, labels)
+        if image_labels is not None:
+            if outputs.layout is None:
+                raise ValueError("`image_labels` need `image_codes` or `pixel_values` to say where their slots are.")
+            output.image_loss, output.image_loss_per_scale = self._image_loss(
+                hidden_states, image_labels, outputs.layout.spans
+            )
+        output.loss = sum(loss for loss in (output.text_loss, output.image_loss) if loss is not None)
+        return output
+
+    def _text_loss(self, hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+        ignored = (labels == self.config.image_token_id) | (labels == self.config.eoi_token_id)
+        targets = labels.masked_fill(ignored, -100)[:, 1:]
+        labelled = targets != -100
+        losses = self._cross_entropy(hidden_states[:, :-1][labelled], targets[labelled])
+        return losses.sum() / labelled.sum().clamp(min=1)
+
+    def _image_loss(self, hidden_states: torch.Tensor, image_labels: torch.LongTensor, spans: tuple[ImageSpan, ...]):
+        """NextFlow Eq 2: token weights 1 / (h w)^alpha, renormalised so that the total stays what it was."""
+        if len(image_labels) != len(spans):
+            raise ValueError(f"Labels of {len(image_labels)} images were given for {len(spans)} images.")
+        num_codes = max(span.num_codes for span in spans)
+        if image_labels.shape[1] < num_codes:
+            raise ValueError(f"The slots predict {num_codes} codes an image, but there are {image_labels.shape[1]} labels.")
+        rows, columns, labels, weights, scales = [], [], [], [], []
+        for index, span in enumerate(spans):
+            columns.append(torch.arange(span.start, span.start + span.num_codes))
+            rows.append(torch.full((span.num_codes,), span.row))
+            labels.append(image_labels[index, : span.num_codes])
+            own_weights, own_scales = self._scale_weights(span.grids[: span.num_predicted_scales])
+            weights.append(own_weights)
+            scales.append(own_scales)
+        device = hidden_states.device
+        rows, columns = torch.cat(rows).to(device), torch.cat(columns).to(device)
+        weights, scales, labels = torch.cat(weights).to(device), torch.cat(scales).to(device), torch.cat(labels)
+        labelled = labels != -100
+        rows, columns, weights, scales, labels = (x[labelled] for x in (rows, columns, weights, scales, labels))
+        if labels.numel() and (labels.min() < 0 or labels.max() >= self.config.vq_config.codebook_size):
+            raise ValueError(
+                f"Image labels must be codes 0..{self.config.vq_config.codebook_size - 1} or -100, got "
+                f"{labels.min().item()}..{labels.max().item()}."
+            )
+        losses = self._cross_entropy(hidden_states[rows, columns], labels + self.config.code_start_id)
+        loss = (losses * weights).sum() / max(1, len(labels))
+        with torch.no_grad():
+            num_scales = self.config.schedule.num_scales
+            sums = losses.new_zeros(num_scales).index_add(0, scales, losses)
+            per_scale = sums / torch.bincount(scales, minlength=num_scales)
+        return loss, per_scale
+
+    def _scale_weights(self, grids: tuple[Grid, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and scale index of each code of an image with these grids; the weights have mean 1."""
+        areas = torch.tensor([height * width for height, width in grids])
+        weights = areas.float() ** -self.config.scale_loss_alpha
+        weights = weights * (areas.sum() / (areas * weights).sum())
+        return weights.repeat_interleave(areas), torch.arange(len(grids)).repeat_interleave(areas)
+
+    def _cross_entropy(self, hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+        """Cross-entropy of each row `(rows, hidden_size)` without ever holding all rows' logits."""
+
+        def of_chunk(rows, targets):
+            return F.cross_entropy(self.lm_head(rows).float(), targets, reduction="none")
+
+        if len(labels) <= LOSS_CHUNK_ROWS:
+            return of_chunk(hidden_states, labels)
+        chunks = zip(hidden_states.split(LOSS_CHUNK_ROWS), labels.split(LOSS_CHUNK_ROWS))
+        return torch.cat([checkpoint(of_chunk, rows, targets, use_reentrant=False) for rows, targets in chunks])
+
+
+def _group(items, key) -> dict:
+    """Indices of `items` by `key(item)`, in order of first appearance."""
+    groups: dict = {}
+    for index, item in enumerate(items):
+        groups.setdefault(key(item), []).append(index)
+    return groups
+
+
+def _text_positions(inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_length) -> torch.Tensor:
+    """Positions `(batch, length)` of text that follows `past_length` positions of text; padding does not count."""
+    length = inputs_embeds.shape[1]
+    if attention_mask is None or isinstance(attention_mask, dict) or attention_mask.ndim != 2:
+        return (torch.arange(length, device=inputs_embeds.device) + past_length).expand(len(inputs_embeds), -1)
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
