@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import nn
 from transformers import PreTrainedModel, Siglip2VisionModel
 from transformers import initialization as init
@@ -78,6 +77,16 @@ def upsample(features: torch.Tensor, grid: Grid) -> torch.Tensor:
     if features.shape[-2:] == tuple(grid):
         return features
     return F.interpolate(features, size=tuple(grid), mode="bicubic", align_corners=False)
+
+
+def patchify(pixel_values: torch.Tensor, patch: int) -> tuple[torch.Tensor, Grid]:
+    """Pixels `(batch, 3, H, W)` -> rows `(batch, h * w, patch * patch * 3)` as SigLIP2's image processor makes them.
+
+    Returns the rows in raster order and the grid (h, w).
+    """
+    patches = pixel_values.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
+    grid = (patches.shape[2], patches.shape[4])
+    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2), grid
 
 
 class DualCodebook(nn.Module):
@@ -217,6 +226,9 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
 
     def __init__(self, config: NextFlowVQConfig):
         super().__init__(config)
+        # Here and not above: diffusers takes a second to import, which registration should not cost.
+        from diffusers.models.autoencoders.vae import Decoder, Encoder
+
         levels = len(config.encoder_channels)
         self.schedule = config.schedule
         self.semantic_encoder = Siglip2VisionModel._from_config(config.vision_config)
@@ -249,10 +261,15 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
 
     # ---- encoding ----------------------------------------------------------------------------------------------------
 
-    def semantic_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Hidden states of the semantic encoder, `(batch, h * w, hidden_size)`, for pixels `(batch, 3, H, W)`."""
-        patches, grid = self._patchify(pixel_values)
-        outputs = self.semantic_encoder(
+    def semantic_features(
+        self, pixel_values: torch.Tensor, encoder: Siglip2VisionModel | None = None
+    ) -> torch.Tensor:
+        """Hidden states of the semantic encoder, `(batch, h * w, hidden_size)`, for pixels `(batch, 3, H, W)`.
+
+        `encoder` may be another of the same shape: a frozen teacher.
+        """
+        patches, grid = patchify(pixel_values, self.config.downsample)
+        outputs = (encoder or self.semantic_encoder)(
             pixel_values=patches,
             pixel_attention_mask=None,
             spatial_shapes=torch.tensor([grid]).expand(len(patches), 2),
@@ -438,6 +455,30 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         )
         return output if return_dict in (None, True) else output.to_tuple()
 
+    @torch.no_grad()
+    def start_codebook(self, pixel_values: torch.Tensor, generator: torch.Generator) -> None:
+        """Put the codes onto encoder outputs of all scales: random ones of these `(batch, 3, H, W)` pictures.
+
+        Scales are visited coarse to fine, each on the residual that the codes chosen so far leave.
+        """
+        latents, _ = self.latents(pixel_values)
+        grids = self._check_grids(None, latents.shape[-2:])
+        residual = latents
+        shares = torch.linspace(0, self.codebook.size, len(grids) + 1).round().long().tolist()
+        for grid, first, end in zip(grids, shares, shares[1:]):
+            vectors = self.codebook.normalize(_pool(residual, grid))
+            picks = torch.randint(len(vectors), (end - first,), generator=generator)
+            self._move_codes(torch.arange(first, end), vectors[picks])
+            table = self.codebook.table()[:end]
+            nearest = self.codebook.nearest(vectors, table)[1][:, 0]
+            residual = residual - upsample(_to_map(table[nearest], len(latents), grid), latents.shape[-2:])
+
+    def _move_codes(self, codes: torch.LongTensor, vectors: torch.Tensor) -> None:
+        semantic, pixel = vectors.split([self.config.semantic_dim, self.config.pixel_dim], dim=-1)
+        self.codebook.semantic.weight[codes] = semantic.to(self.codebook.semantic.weight)
+        self.codebook.pixel.weight[codes] = pixel.to(self.codebook.pixel.weight)
+        self.codebook.usage[codes] = 1.0
+
     def _quantize_for_training(self, latents: torch.Tensor, generator: torch.Generator | None):
         """Straight-through residual quantization with scale dropout and revival of dead codes."""
         grids = self._check_grids(None, latents.shape[-2:])
@@ -477,10 +518,7 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         if len(dead) == 0:
             return
         picks = torch.randint(len(vectors), (len(dead),), generator=generator).to(vectors.device)
-        semantic, pixel = vectors[picks].split([self.config.semantic_dim, self.config.pixel_dim], dim=-1)
-        codebook.semantic.weight[dead] = semantic.to(codebook.semantic.weight)
-        codebook.pixel.weight[dead] = pixel.to(codebook.pixel.weight)
-        codebook.usage[dead] = 1.0
+        self._move_codes(dead, vectors[picks])
 
     # ---- identity and checks -----------------------------------------------------------------------------------------
 
@@ -491,13 +529,6 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         for table in (self.codebook.semantic.weight, self.codebook.pixel.weight):
             digest.update(table.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
-
-    def _patchify(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, Grid]:
-        """Pixels -> rows of `(patch, patch, channel)` values in raster order, as SigLIP2's image processor makes them."""
-        patch = self.config.downsample
-        patches = pixel_values.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
-        grid = (patches.shape[2], patches.shape[4])
-        return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2), grid
 
     def _check_pixels(self, pixel_values: torch.Tensor) -> None:
         channels, patch = self.config.num_channels, self.config.downsample

@@ -1,0 +1,187 @@
+"""What can be said of a scene: prompts in varied English, one canonical description, and the way back to facts.
+
+Every caption accounts for all objects and says nothing false; it may leave out colours, sizes, the background and
+where things lie.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+
+from .world import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, SceneObject, relation
+
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+_PLURALS = {shape: f"{shape}es" if shape.endswith("s") else f"{shape}s" for shape in SHAPES}
+_OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+_RELATION_WORDS = {
+    "left of": ("to the left of", "left of"),
+    "right of": ("to the right of", "right of"),
+    "above": ("above",),
+    "below": ("below", "under"),
+}
+_OPENINGS = ("a picture of ", "draw ", "show me ", "an image with ")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Objects alike: how many, and what is said of each; `None` where nothing is said."""
+
+    count: int
+    shape: str
+    color: str | None = None
+    size: str | None = None
+
+    def fits(self, own) -> bool:
+        """Whether an object (with `shape`, `color`, `size`) is one of these."""
+        return (
+            own.shape == self.shape
+            and self.color in (None, own.color)
+            and self.size in (None, own.size)
+        )
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a caption claims: these objects and no others.
+
+    Attributes:
+        groups: The objects.
+        relation: Where the first of two groups lies as seen from the second, or `None`.
+        background: The background, or `None`.
+    """
+
+    groups: tuple[Group, ...]
+    relation: str | None = None
+    background: str | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of objects."""
+        return sum(group.count for group in self.groups)
+
+
+def phrase(group: Group, digits: bool = False) -> str:
+    """A group as words: "a small red circle", "three stars"."""
+    words = [word for word in (group.size, group.color) if word]
+    if group.count == 1:
+        words.append(group.shape)
+        article = "an" if words[0][0] in "aeiou" else "a"
+        return " ".join((article, *words))
+    number = str(group.count) if digits else NUMBERS[group.count]
+    return " ".join((number, *words, _PLURALS[group.shape]))
+
+
+def words_of(facts: Facts, relation_words: str | None = None, digits: bool = False) -> str:
+    """Facts as a sentence without an opening."""
+    phrases = [phrase(group, digits) for group in facts.groups]
+    if facts.relation is not None:
+        text = f"{phrases[0]} {relation_words or _RELATION_WORDS[facts.relation][0]} {phrases[1]}"
+    elif len(phrases) == 1:
+        text = phrases[0]
+    else:
+        text = f"{', '.join(phrases[:-1])} and {phrases[-1]}"
+    return text if facts.background is None else f"{text} on a {facts.background} background"
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """Words that ask for a scene, different from call to call."""
+    objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
+    show_color = rng.random() < 0.75
+    kinds = Counter((own.shape, own.color) for own in objects)
+    background = scene.background if rng.random() < 0.3 else None
+    where = None
+    if len(kinds) == 1:
+        own = objects[0]
+        size = own.size if len(objects) == 1 and rng.random() < 0.35 else None
+        groups = [Group(len(objects), own.shape, own.color if show_color else None, size)]
+    elif len(objects) == 2:
+        a, b = objects
+        show_size = a.size != b.size and rng.random() < 0.4
+        # Two objects of one shape are told apart by their colours.
+        show_color = show_color or a.shape == b.shape
+        groups = [
+            Group(1, own.shape, own.color if show_color else None, own.size if show_size else None) for own in (a, b)
+        ]
+        if rng.random() < 0.5:
+            where = relation(a, b)
+    else:
+        groups = [Group(count, shape, color) for (shape, color), count in kinds.items()]
+    opening = _OPENINGS[rng.integers(len(_OPENINGS))] if rng.random() < 0.4 else ""
+    wording = None if where is None else _RELATION_WORDS[where][rng.integers(len(_RELATION_WORDS[where]))]
+    return opening + words_of(Facts(tuple(groups), where, background), wording, digits=rng.random() < 0.15)
+
+
+def describe(scene: Scene) -> str:
+    """The one complete description of a scene: objects in reading order, sizes, colours, relation, background."""
+    objects = sorted(scene.objects, key=lambda own: own.center)
+    kinds = Counter((own.shape, own.color, own.size) for own in objects)
+    groups = tuple(Group(count, *kind) for kind, count in kinds.items())
+    where = relation(*objects) if len(objects) == 2 and len(groups) == 2 else None
+    return words_of(Facts(groups, where, scene.background))
+
+
+_NUMBER_OF = {"a": 1, "an": 1, **{word: number for number, word in NUMBERS.items()}, **{str(n): n for n in NUMBERS}}
+_SHAPE_OF = {**{shape: shape for shape in SHAPES}, **{plural: shape for shape, plural in _PLURALS.items()}}
+_PHRASE = (
+    rf"(?P<number{{0}}>{'|'.join(_NUMBER_OF)})(?: (?P<size{{0}}>{'|'.join(SIZES)}))?"
+    rf"(?: (?P<color{{0}}>{'|'.join(COLORS)}))? (?P<shape{{0}}>{'|'.join(_SHAPE_OF)})"
+)
+_WHERE_OF = {wording: where for where, wordings in _RELATION_WORDS.items() for wording in wordings}
+_CAPTION = re.compile(
+    rf"^(?:{'|'.join(_OPENINGS)})?(?P<body>.+?)(?: on a (?P<background>{'|'.join(BACKGROUNDS)}) background)?$"
+)
+_RELATED = re.compile(rf"^{_PHRASE.format(1)} (?P<where>{'|'.join(_WHERE_OF)}) {_PHRASE.format(2)}$")
+_ONE = re.compile(rf"^{_PHRASE.format(1)}$")
+
+
+def parse(text: str) -> Facts | None:
+    """A caption's facts; `None` if it is not a sentence of this world."""
+    whole = _CAPTION.match(text.strip().lower().removesuffix("."))
+    if whole is None:
+        return None
+    related = _RELATED.match(whole["body"])
+    if related is not None:
+        groups = (_group(related, 1), _group(related, 2))
+        if any(group.count != 1 for group in groups):
+            return None
+        return Facts(groups, _WHERE_OF[related["where"]], whole["background"])
+    phrases = [_ONE.match(part) for part in re.split(r", | and ", whole["body"])]
+    if any(part is None for part in phrases):
+        return None
+    return Facts(tuple(_group(part, 1) for part in phrases), None, whole["background"])
+
+
+def _group(match: re.Match, index: int) -> Group:
+    return Group(
+        _NUMBER_OF[match[f"number{index}"]], _SHAPE_OF[match[f"shape{index}"]], match[f"color{index}"], match[f"size{index}"]
+    )
+
+
+def facts_match(facts: Facts, scene) -> bool:
+    """Whether a scene (or a referee's reading of a picture) shows exactly what the facts claim."""
+    if facts.background not in (None, scene.background) or facts.count != len(scene.objects):
+        return False
+    wanted = [group for group in facts.groups for _ in range(group.count)]
+    return any(
+        all(group.fits(own) for group, own in zip(wanted, order))
+        and (facts.relation is None or relation(order[0], order[1]) == facts.relation)
+        for order in permutations(scene.objects)
+    )
+
+
+def is_complete(facts: Facts) -> bool:
+    """Whether the facts state every object's colour and size, and the background."""
+    return facts.background is not None and all(group.color and group.size for group in facts.groups)
+
+
+def opposite(where: str) -> str:
+    """The relation seen from the other object."""
+    return _OPPOSITE[where]
+
+
+def object_of(group: Group, cell: tuple[int, int], color: str, size: str) -> SceneObject:
+    """An object that a group's claim fits, with what it leaves open filled in."""
+    return SceneObject(group.shape, group.color or color, group.size or size, cell)

@@ -1,0 +1,45 @@
+"""Scenes as training data."""
+
+import numpy as np
+
+from .captions import caption, describe
+from .sampling import sample_scene
+from .world import Scene, render
+
+QUESTION = "describe the picture"
+
+
+class SceneSource:
+    """Pictures of random scenes with their words; item i is the same in every run (`training.data.PairSource`).
+
+    Args:
+        size: (height, width) in pixels.
+        num_pictures: How many.
+        seed: Different seeds give different scenes.
+        split: Which combinations may appear.
+    """
+
+    def __init__(self, size: tuple[int, int] = (64, 64), num_pictures: int = 100_000, seed: int = 0, split: str = "train"):
+        self.size = tuple(size)
+        self.num_pictures = num_pictures
+        self.seed = seed
+        self.split = split
+
+    def __len__(self) -> int:
+        return self.num_pictures
+
+    def scene(self, index: int) -> Scene:
+        """Facts of picture `index`."""
+        return sample_scene(np.random.default_rng((self.seed, index)), self.split)
+
+    def image(self, index: int) -> np.ndarray:
+        """Picture `index`: uint8 `(height, width, 3)`."""
+        return render(self.scene(index), self.size)
+
+    def prompt(self, index: int, rng: np.random.Generator) -> str:
+        """Words that ask for picture `index`."""
+        return caption(self.scene(index), rng)
+
+    def question(self, index: int, rng: np.random.Generator) -> tuple[str, str]:
+        """A request to describe picture `index`, and its description."""
+        return QUESTION, describe(self.scene(index))

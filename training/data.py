@@ -1,0 +1,51 @@
+"""What training reads: pictures with words, from wherever they come."""
+
+import importlib
+from typing import Protocol
+
+import numpy as np
+
+
+class PairSource(Protocol):
+    """Pictures that can be described and asked for. Items are addressed by number, so that runs resume exactly.
+
+    `nextflow_hf.scenes` has one; any object with these methods will do.
+    """
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+
+    def image(self, index: int) -> np.ndarray:
+        """Picture `index`: uint8 `(height, width, 3)`."""
+
+    def prompt(self, index: int, rng: np.random.Generator) -> str:
+        """Words that ask for picture `index`; may differ from call to call."""
+
+    def question(self, index: int, rng: np.random.Generator) -> tuple[str, str]:
+        """A question about picture `index` and its answer."""
+
+
+def load_source(spec: dict) -> PairSource:
+    """Build a source from a recipe's `source` entry.
+
+    Args:
+        spec: `class`: "module:name" of the source's class; everything else goes to its constructor.
+
+    Raises:
+        ValueError: If the entry names no importable class.
+    """
+    spec = dict(spec)
+    path = spec.pop("class", None)
+    module_name, _, name = (path or "").partition(":")
+    if not name:
+        raise ValueError(f'A recipe\'s `source` needs `class: "module:name"`, got {path!r}.')
+    try:
+        factory = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"The recipe's source {path!r} cannot be imported: {error}") from error
+    return factory(**spec)
+
+
+def to_pixels(images: np.ndarray) -> np.ndarray:
+    """uint8 `(..., height, width, 3)` -> float32 `(..., 3, height, width)` in [-1, 1]."""
+    return np.moveaxis(images.astype(np.float32) / 127.5 - 1.0, -1, -3)

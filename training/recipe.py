@@ -1,0 +1,59 @@
+"""Recipes: one YAML file per training stage."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass
+class Recipe:
+    """A training stage.
+
+    Attributes:
+        stage: Which trainer runs it: "teacher", "vq" or "decoder".
+        output_dir: Where checkpoints, logs and the result go.
+        preset: Shape of the model, a name of `NextFlowConfig.from_preset`.
+        config: Configuration entries that differ from the preset (`vq.` in front for the tokenizer's).
+        init_from: Folders of earlier stages by role, e.g. {"teacher": ..., "vq": ..., "decoder": ...}.
+        source: The pictures; see `training.data.load_source`.
+        stage_args: What only this stage knows; see its trainer.
+        trainer: Arguments of `transformers.TrainingArguments`.
+    """
+
+    stage: str
+    output_dir: str
+    preset: str = "nextflow-mini"
+    config: dict = field(default_factory=dict)
+    init_from: dict = field(default_factory=dict)
+    source: dict = field(default_factory=dict)
+    stage_args: dict = field(default_factory=dict)
+    trainer: dict = field(default_factory=dict)
+
+
+def load_recipe(name: str, overrides: list[str] = ()) -> Recipe:
+    """Read a recipe by name (of the package's own) or path, with `key.sub=value` overrides (values are YAML).
+
+    Raises:
+        ValueError: If there is no such recipe, or a key is not one of a recipe's.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
+        raise ValueError(f"There is no recipe {name!r}; the package has {known}, or give the path of a YAML file.")
+    content = yaml.safe_load(path.read_text())
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise ValueError(f"An override is key=value, got {override!r}.")
+        *parents, last = key.split(".")
+        place = content
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = yaml.safe_load(value)
+    unknown = set(content) - {own.name for own in fields(Recipe)}
+    if unknown:
+        raise ValueError(f"Recipe {path.name} has unknown entries {sorted(unknown)}.")
+    return Recipe(**content)

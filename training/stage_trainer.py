@@ -1,0 +1,155 @@
+"""What every stage shares: transformers' `Trainer`, an average of the weights, resumption, whole files."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from .recipe import Recipe
+
+_EMA_FILE = "ema.safetensors"
+
+
+class EmaCallback(TrainerCallback):
+    """Exponential moving average of the trained weights, saved beside every checkpoint.
+
+    Args:
+        decay: Share of the average that a step keeps. Early steps keep less: min(decay, (1 + n) / (10 + n)).
+        resume_from: Checkpoint folder whose average is taken up, if there is one.
+    """
+
+    def __init__(self, decay: float, resume_from: str | None):
+        self.decay = decay
+        self.resume_from = resume_from
+        self.average: dict[str, torch.Tensor] = {}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.average = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        saved = Path(self.resume_from or "") / _EMA_FILE
+        if self.resume_from and saved.is_file():
+            self.average = load_file(saved)
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+        own = [p for p in model.parameters() if p.requires_grad]
+        torch._foreach_lerp_(list(self.average.values()), own, 1 - decay)
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        save_file(self.average, folder / f"{_EMA_FILE}.tmp")
+        os.replace(folder / f"{_EMA_FILE}.tmp", folder / _EMA_FILE)
+
+    @torch.no_grad()
+    def copy_to(self, model: PreTrainedModel) -> None:
+        """Put the average in place of the weights."""
+        for name, parameter in model.named_parameters():
+            if name in self.average:
+                parameter.copy_(self.average[name])
+
+
+class StageTrainer(Trainer):
+    """`Trainer` that logs the mean of every loss term a model's output carries.
+
+    Args:
+        loss_function: `(model, batch)` -> output with `.loss`; other `*_loss` entries are logged.
+    """
+
+    def __init__(self, *args, loss_function: Callable, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loss_function = loss_function
+        self.terms: dict[str, list[torch.Tensor]] = {}
+        # Every stage's loss is a mean over its own batch.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        output = self.loss_function(model, inputs)
+        for name, value in output.items():
+            if name.endswith("_loss") and torch.is_tensor(value):
+                self.terms.setdefault(name, []).append(value.detach())
+            elif name.endswith("_per_scale") and torch.is_tensor(value):
+                for scale, own in enumerate(value.detach().unbind()):
+                    self.terms.setdefault(f"scale_{scale + 1}_loss", []).append(own)
+        return (output.loss, output) if return_outputs else output.loss
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            means = {name: torch.stack(values).nanmean().item() for name, values in self.terms.items()}
+            logs = {**logs, **{name: round(value, 5) for name, value in means.items() if value == value}}
+            self.terms = {}
+        super().log(logs, *args, **kwargs)
+
+
+def run_stage(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    dataset: torch.utils.data.Dataset,
+    collate: Callable,
+    loss_function: Callable,
+    callbacks: list[TrainerCallback] = (),
+) -> PreTrainedModel:
+    """Train `model`, resuming from the newest checkpoint in the recipe's folder, and return it with averaged weights.
+
+    Raises:
+        ValueError: If the folder cannot be written.
+    """
+    folder = Path(recipe.output_dir)
+    check_writable(folder)
+    arguments = {
+        "seed": 0,
+        "remove_unused_columns": False,
+        "report_to": [],
+        "save_total_limit": 1,
+        "logging_steps": 50,
+        "disable_tqdm": False,
+        **recipe.trainer,
+    }
+    args = TrainingArguments(output_dir=str(folder), **arguments)
+    set_seed(args.seed)
+    last = get_last_checkpoint(str(folder))
+    ema = EmaCallback(recipe.stage_args.get("ema_decay", 0.999), last)
+    trainer = StageTrainer(
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        data_collator=collate,
+        loss_function=loss_function,
+        callbacks=[ema, *callbacks],
+    )
+    trainer.train(resume_from_checkpoint=last)
+    trainer.state.save_to_json(str(folder / "trainer_state.json"))
+    ema.copy_to(model)
+    return model.eval()
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `ValueError` unless files can be written to `folder`, before any work is done for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test"
+        probe.write_bytes(b"\0")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"Cannot write to {folder}: {error}") from error
+
+
+def save_whole(folder: Path, save: Callable[[Path], None]) -> None:
+    """Let `save` fill a folder under another name, then put it in place of `folder` at once."""
+    folder = Path(folder)
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    save(unfinished)
+    if folder.exists():
+        outdated = folder.with_name(f"{folder.name}.outdated")
+        shutil.rmtree(outdated, ignore_errors=True)
+        os.replace(folder, outdated)
+        os.replace(unfinished, folder)
+        shutil.rmtree(outdated)
+    else:
+        os.replace(unfinished, folder)

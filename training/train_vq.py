@@ -1,0 +1,141 @@
+"""The tokenizer's stages (NextFlow section 3.1): its teacher, the pixel branch alone, both branches, the pixel decoder."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast, Siglip2Config, Siglip2Model, Siglip2VisionModel
+
+from ..modeling.configuration_nextflow import NextFlowConfig, NextFlowVQConfig
+from ..modeling.modeling_nextflow_vq import NextFlowVQModel, patchify
+from .data import PairSource, load_source, to_pixels
+from .recipe import Recipe
+from .stage_trainer import run_stage, save_whole
+
+
+class PictureDataset(Dataset):
+    """Pictures of a source, with an answer's text where `words` asks for it."""
+
+    def __init__(self, source: PairSource, words: bool = False):
+        self.source = source
+        self.words = words
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict:
+        item = {"image": self.source.image(index)}
+        if self.words:
+            item["text"] = self.source.question(index, np.random.default_rng(index))[1]
+        return item
+
+
+def train_teacher(recipe: Recipe) -> None:
+    """Train a SigLIP2 model on pictures and their descriptions; its vision half is the semantic branch's start.
+
+    `stage_args`: `text_layers`, `max_text_length`; `init_from`: `tokenizer`.
+    """
+    # 1. A vision tower of the tokenizer's own shape (with the pooling head that contrast needs), and a small text tower.
+    vq_config = vq_config_of(recipe)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(recipe.init_from["tokenizer"])
+    length = recipe.stage_args.get("max_text_length", 48)
+    vision = {**vq_config.vision_config.to_dict(), "vision_use_head": True}
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": vision["hidden_size"],
+        "projection_size": vision["hidden_size"],
+        "intermediate_size": vision["intermediate_size"],
+        "num_hidden_layers": recipe.stage_args.get("text_layers", 2),
+        "num_attention_heads": vision["num_attention_heads"],
+        "max_position_embeddings": length,
+    }
+    model = Siglip2Model(Siglip2Config(vision_config=vision, text_config=text))
+
+    # 2. Contrast every picture of a batch with every description of it.
+    def collate(items):
+        pixels = torch.from_numpy(to_pixels(np.stack([item["image"] for item in items])))
+        patches, grid = patchify(pixels, vq_config.downsample)
+        words = tokenizer(
+            [item["text"] for item in items],
+            padding="max_length",
+            truncation=True,
+            max_length=length,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        return {
+            "input_ids": words.input_ids,
+            "attention_mask": words.attention_mask,
+            "pixel_values": patches,
+            "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.long),
+            "spatial_shapes": torch.tensor([grid]).expand(len(items), 2),
+        }
+
+    dataset = PictureDataset(load_source(recipe.source), words=True)
+    model = run_stage(recipe, model, dataset, collate, lambda model, batch: model(**batch, return_loss=True))
+
+    # 3. Keep the vision half.
+    save_whole(Path(recipe.output_dir) / "final", lambda folder: model.vision_model.save_pretrained(folder))
+
+
+def train_vq(recipe: Recipe) -> None:
+    """Train the tokenizer.
+
+    `stage_args`: `phase`: "pixel" (reconstruction alone, not quantized), "joint" (everything), or "decoder" (the pixel
+    decoder alone). `init_from`: `teacher`, and `vq` to go on from.
+    """
+    phase = recipe.stage_args.get("phase", "joint")
+    if phase not in _TRAINED_PARTS:
+        raise ValueError(f"A tokenizer's phase is one of {sorted(_TRAINED_PARTS)}, got {phase!r}.")
+    source = load_source(recipe.source)
+
+    # 1. The tokenizer of the stage before, or a new one whose semantic branch starts as its teacher.
+    teacher = Siglip2VisionModel.from_pretrained(recipe.init_from["teacher"], vision_use_head=False)
+    teacher.requires_grad_(False).eval()
+    if "vq" in recipe.init_from:
+        model = NextFlowVQModel.from_pretrained(recipe.init_from["vq"])
+        for name, value in recipe.config.items():
+            setattr(model.config, name.removeprefix("vq."), value)
+    else:
+        model = NextFlowVQModel(vq_config_of(recipe))
+        model.semantic_encoder.load_state_dict(teacher.state_dict())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.split(".")[0] in _TRAINED_PARTS[phase])
+    if phase == "joint" and recipe.stage_args.get("new_codebook", True):
+        batch = np.stack([source.image(index) for index in range(256)])
+        model.start_codebook(torch.from_numpy(to_pixels(batch)), torch.Generator().manual_seed(0))
+    model.to(memory_format=torch.channels_last)
+
+    # 2. Reconstruct pixels and the frozen teacher's features.
+    def collate(items):
+        pixels = torch.from_numpy(to_pixels(np.stack([item["image"] for item in items])))
+        return {"pixel_values": pixels}
+
+    def loss(model, batch):
+        pixels = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            targets = model.semantic_features(pixels, teacher)
+        return model(pixels, semantic_targets=targets, quantize=phase != "pixel")
+
+    model = run_stage(recipe, model, PictureDataset(source), collate, loss)
+
+    # 3. The result is a tokenizer that loads on its own.
+    model.to(memory_format=torch.contiguous_format)
+    model.requires_grad_(True)
+    save_whole(Path(recipe.output_dir) / "final", lambda folder: model.save_pretrained(folder))
+
+
+_PIXEL_PARTS = {"pixel_encoder", "pixel_proj", "post_pixel_proj", "pixel_decoder"}
+_TRAINED_PARTS = {
+    "pixel": _PIXEL_PARTS,
+    "joint": _PIXEL_PARTS | {"semantic_encoder", "semantic_proj", "semantic_decoder", "codebook"},
+    "decoder": {"post_pixel_proj", "pixel_decoder"},
+}
+
+
+def vq_config_of(recipe: Recipe) -> NextFlowVQConfig:
+    """The tokenizer's configuration: the preset's, with the recipe's `vq.` entries."""
+    config = NextFlowConfig.from_preset(recipe.preset).vq_config
+    own = {name.removeprefix("vq."): value for name, value in recipe.config.items() if name.startswith("vq.")}
+    return NextFlowVQConfig(**{**config.to_dict(), **own})
