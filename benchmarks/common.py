@@ -1,0 +1,60 @@
+"""What the benchmarks share: a record of the machine, results that are whole or absent, and markdown tables."""
+
+import json
+import os
+import platform
+import shlex
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def record(threads: int | None = None) -> dict:
+    """Machine, versions, date and command of this run."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0] if names else processor
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "machine": {
+            "processor": processor,
+            "cores": os.cpu_count(),
+            "threads": threads,
+            "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+            "system": platform.system(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "diffusers": diffusers.__version__,
+        },
+    }
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a result file: under a temporary name first, so that it is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    """A markdown table; every column but the first is right-aligned."""
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
