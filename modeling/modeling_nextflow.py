@@ -140,6 +140,12 @@ class NextFlowPreTrainedModel(PreTrainedModel):
             init.normal_(module.scale.weight, std=self.config.text_config.initializer_range)
 
 
+class NextFlowTextModel(Qwen2_5_VLTextModel):
+    """transformers' Qwen2.5-VL text model. Its attention goes through the interface, so FlexAttention works too."""
+
+    _supports_flex_attn = True
+
+
 class NextFlowModel(NextFlowPreTrainedModel):
     """The decoder with its tokenizer, without the head."""
 
@@ -148,7 +154,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         self.vq_model = NextFlowVQModel._from_config(config.vq_config)
         self.connector = NextFlowConnector(config)
         self.scale_embedding = NextFlowScaleEmbedding(config)
-        self.language_model = Qwen2_5_VLTextModel._from_config(config.text_config)
+        self.language_model = NextFlowTextModel._from_config(config.text_config)
         self.post_init()
 
     def get_input_embeddings(self):

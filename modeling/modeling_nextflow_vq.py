@@ -163,6 +163,18 @@ class DualCodebook(nn.Module):
         return 2 * (1 + self.pixel_distance_weight) - 2 * torch.cat(similarities), torch.cat(codes)
 
 
+class SemanticEncoder(Siglip2VisionModel):
+    """transformers' SigLIP2 encoder, which takes SDPA where the whole model is asked for something it cannot do."""
+
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
+        if requested_attention not in (None, "eager", "sdpa"):
+            requested_attention = "sdpa"
+        return super().get_correct_attn_implementation(requested_attention, *args, **kwargs)
+
+
 class SemanticDecoder(nn.Module):
     """Transformer from the semantic part of the codes back to the semantic encoder's features.
 
@@ -174,7 +186,8 @@ class SemanticDecoder(nn.Module):
         vision_config = type(config.vision_config)(
             **{**config.vision_config.to_dict(), "num_hidden_layers": config.semantic_decoder_layers}
         )
-        vision_config._attn_implementation = config.vision_config._attn_implementation
+        implementation = config.vision_config._attn_implementation
+        vision_config._attn_implementation = "eager" if implementation == "eager" else "sdpa"
         width = vision_config.hidden_size
         self.grid_side = int(vision_config.num_patches**0.5)
         self.in_proj = nn.Linear(config.semantic_dim, width)
@@ -202,6 +215,7 @@ class NextFlowVQPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = False
+    # The decoder that the tokenizer is part of may be given any of these; its own towers fall back to SDPA.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -231,7 +245,7 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
 
         levels = len(config.encoder_channels)
         self.schedule = config.schedule
-        self.semantic_encoder = Siglip2VisionModel._from_config(config.vision_config)
+        self.semantic_encoder = SemanticEncoder._from_config(config.vision_config)
         width = config.vision_config.hidden_size
         self.semantic_proj = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, config.semantic_dim))
         self.pixel_encoder = Encoder(

@@ -42,7 +42,7 @@ class EmaCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        save_file(self.average, folder / f"{_EMA_FILE}.tmp")
+        save_file({name: own.contiguous() for name, own in self.average.items()}, folder / f"{_EMA_FILE}.tmp")
         os.replace(folder / f"{_EMA_FILE}.tmp", folder / _EMA_FILE)
 
     @torch.no_grad()

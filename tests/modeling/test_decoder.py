@@ -1,0 +1,330 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import small_config, small_model
+
+from nextflow_hf.modeling import modeling_nextflow
+from nextflow_hf.modeling.configuration_nextflow import NextFlowConfig, NextFlowVQConfig
+from nextflow_hf.modeling.image_layout import layout_sequences
+from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
+
+SQUARE = ((1, 1), (2, 2), (3, 3), (4, 4))
+WIDE = ((1, 1), (1, 3), (2, 4), (2, 6))
+
+
+def image_tokens(config, grids, blocks=None):
+    slots = sum(h * w for h, w in grids[1:][:blocks])
+    return [config.boi_token_id] + [config.image_token_id] * slots + [config.eoi_token_id]
+
+
+def batch_of_images(config, seed=0, text=((7, 8, 9), (10,)), grids=(SQUARE, WIDE), after=((11, 12), (13,))):
+    """Two rows of text, a picture, text, padded on the right."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [[*t, *image_tokens(config, g), *a] for t, g, a in zip(text, grids, after)]
+    length = max(map(len, rows))
+    counts = [sum(h * w for h, w in g) for g in grids]
+    return {
+        "input_ids": torch.tensor([row + [0] * (length - len(row)) for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
+        "image_codes": torch.stack(
+            [F.pad(torch.randint(32, (n,), generator=generator), (0, max(counts) - n), value=-1) for n in counts]
+        ),
+        "image_grids": torch.tensor(grids),
+    }
+
+
+def test_positions_of_the_papers_figure_5():
+    """<boi> at (0,0,0), blocks at times 1 and 2, <eoi> at 3, text on from 4; spatial centres over [0, C]."""
+    config = small_config(position_range=1.0)
+    grids = SQUARE[:3]
+    ids = torch.tensor([image_tokens(config, grids) + [7, 8]])
+    layout = layout_sequences(ids, None, [grids], config)
+    time, row, column = layout.position_ids[:, 0]
+    assert layout.position_ids[:, 0, 0].tolist() == [0, 0, 0]
+    assert time[1:5].tolist() == [1] * 4 and time[5:14].tolist() == [2] * 9
+    # C / sqrt(h w) * (i + 1/2): at C = 1 a 2 x 2 grid has coordinates 1/4 and 3/4, a 3 x 3 grid 1/6, 3/6, 5/6.
+    assert row[1:5].tolist() == [0.25, 0.25, 0.75, 0.75] and column[1:5].tolist() == [0.25, 0.75, 0.25, 0.75]
+    torch.testing.assert_close(row[5:14:3], torch.tensor([1, 3, 5]) / 6)
+    assert layout.position_ids[:, 0, 14].tolist() == [3, 3, 3]
+    assert layout.position_ids[:, 0, 15].tolist() == [4, 4, 4]
+    assert layout.block_ids[0].tolist() == [-1] + [0] * 4 + [1] * 9 + [-1] * 3
+
+
+def test_an_18_scale_image_advances_text_time_by_18():
+    config = NextFlowConfig.from_preset("nextflow-7b")
+    grids = config.schedule.grids_for_size(1024, 1024)
+    ids = torch.tensor([[5, config.boi_token_id] + [config.image_token_id] * (10084 - 1) + [config.eoi_token_id]])
+    layout = layout_sequences(ids, None, [grids], config)
+    assert layout.position_ids[0, 0, -1] - layout.position_ids[0, 0, 1] == 18
+    assert layout.position_ids[1:].max() <= max(64, 19)
+
+
+def test_slots_see_their_scale_both_ways_and_nothing_later(model):
+    """Change a code: only what may see it changes."""
+    batch = batch_of_images(model.config)
+    before = model.model(**batch).last_hidden_state
+    codes = batch["image_codes"].clone()
+    # The last code of scale 2 feeds all slots of scale 3 (resized), hence everything from scale 3 on.
+    codes[0, 4] = (codes[0, 4] + 1) % 32
+    after = model.model(**{**batch, "image_codes": codes}).last_hidden_state
+    moved = (before - after).abs().amax(dim=-1)[0] > 1e-6
+    first_of_scale_3 = 3 + 1 + 4
+    assert not moved[:first_of_scale_3].any() and moved[first_of_scale_3 : first_of_scale_3 + 9].all()
+
+
+def test_a_slot_sees_later_slots_of_its_own_scale(model):
+    layout = layout_sequences(
+        torch.tensor([image_tokens(model.config, SQUARE)]), None, [SQUARE], model.config
+    )
+    embeds = torch.randn(1, layout.block_ids.shape[1], 32)
+    kwargs = {"position_ids": layout.position_ids, "block_sequence_ids": layout.block_ids}
+    before = model.model(inputs_embeds=embeds, **kwargs).last_hidden_state
+    embeds[0, 4] += 1  # the last slot of scale 2
+    after = model.model(inputs_embeds=embeds, **kwargs).last_hidden_state
+    moved = (before - after).abs().amax(dim=-1)[0] > 1e-6
+    assert not moved[0] and moved[1:].all()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+def test_attention_implementations_agree(implementation):
+    model = small_model()
+    batch = batch_of_images(model.config)
+    valid = batch["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model.model(**batch).last_hidden_state[valid]
+        model.set_attn_implementation(implementation)
+        torch.testing.assert_close(model.model(**batch).last_hidden_state[valid], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_batched_equals_one_by_one(model):
+    batch = batch_of_images(model.config)
+    together = model.model(**batch).last_hidden_state
+    for row, grids in enumerate((SQUARE, WIDE)):
+        length = int(batch["attention_mask"][row].sum())
+        alone = model.model(
+            input_ids=batch["input_ids"][row : row + 1, :length],
+            image_codes=batch["image_codes"][row : row + 1],
+            image_grids=torch.tensor([grids]),
+        ).last_hidden_state
+        torch.testing.assert_close(alone[0], together[row, :length], atol=1e-5, rtol=1e-5)
+
+
+def test_padding_side_does_not_matter(model):
+    batch = batch_of_images(model.config)
+    right = model.model(**batch).last_hidden_state
+    left = {**batch, "input_ids": batch["input_ids"].clone(), "attention_mask": batch["attention_mask"].clone()}
+    shift = int((batch["attention_mask"][1] == 0).sum())
+    assert shift > 0
+    for name in ("input_ids", "attention_mask"):
+        left[name][1] = batch[name][1].roll(shift)
+    other = model.model(**left).last_hidden_state
+    torch.testing.assert_close(other[1, shift:], right[1, :-shift], atol=1e-5, rtol=1e-5)
+
+
+def test_pixels_equal_their_codes(model):
+    pixels = torch.rand(1, 3, 32, 32) * 2 - 1
+    ids = torch.tensor([[7, *image_tokens(model.config, SQUARE), 8]])
+    codes = model.vq_model.encode(pixels).codes
+    by_pixels = model(input_ids=ids, pixel_values=pixels).logits
+    by_codes = model(input_ids=ids, image_codes=codes, image_grids=torch.tensor([SQUARE])).logits
+    assert torch.equal(by_pixels, by_codes)
+
+
+def test_padded_pixels_of_unequal_pictures_equal_each_alone(model):
+    pixels = torch.zeros(2, 3, 32, 48)
+    pixels[0, :, :32, :32] = torch.rand(3, 32, 32)
+    pixels[1, :, :16, :48] = torch.rand(3, 16, 48)
+    codes, grids = model.model.encode_images(pixels, torch.tensor([SQUARE, WIDE]))
+    assert torch.equal(codes[0, :30], model.vq_model.encode(pixels[:1, :, :32, :32]).codes[0])
+    assert torch.equal(codes[1, :24], model.vq_model.encode(pixels[1:, :, :16, :48]).codes[0])
+    assert grids == [SQUARE, WIDE] and (codes[1, 24:] == -1).all()
+
+
+def test_residual_input_is_the_previous_scale_alone(model):
+    codes = [torch.randint(32, (1, h, w)) for h, w in SQUARE[:3]]
+    residual = model.vq_model.scale_inputs(codes, SQUARE)
+    other = [torch.randint(32, (1, 1, 1)), torch.randint(32, (1, 2, 2)), codes[2]]
+    assert torch.equal(residual, model.vq_model.scale_inputs(other, SQUARE))
+    assert not torch.equal(
+        model.vq_model.scale_inputs(codes, SQUARE, "accumulated"), model.vq_model.scale_inputs(other, SQUARE, "accumulated")
+    )
+
+
+def test_the_final_block_shows_the_finest_codes_to_what_follows():
+    for context_image, sees in (("scales", False), ("scales+final", True)):
+        model = small_model(context_image=context_image)
+        slots = 29 + (16 if sees else 0)
+        config = model.config
+        ids = torch.tensor([[config.boi_token_id, *[config.image_token_id] * slots, config.eoi_token_id, 7]])
+        codes = torch.randint(32, (1, 30))
+        other = codes.clone()
+        other[0, -16:] = (other[0, -16:] + 1) % 32
+        last = [
+            model(input_ids=ids, image_codes=c, image_grids=torch.tensor([SQUARE])).logits[0, -1] for c in (codes, other)
+        ]
+        assert torch.equal(*last) != sees
+
+
+# ---- losses ----------------------------------------------------------------------------------------------------------
+
+
+def test_loss_by_hand(model):
+    """Text shifted by one, codes aligned with their slots, weights 1 / (h w)^alpha of mean 1, summed 1:1."""
+    model.config.scale_loss_alpha = 0.9
+    batch = batch_of_images(model.config)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    image_labels = batch["image_codes"].masked_fill(batch["image_codes"] < 0, -100)
+    output = model(**batch, labels=labels, image_labels=image_labels)
+    logits = model(**batch).logits
+    text, image, weights_of = [], [], []
+    for row, (grids, start) in enumerate(((SQUARE, 3), (WIDE, 1))):
+        n = sum(h * w for h, w in grids)
+        own = torch.cat([torch.full((h * w,), float(h * w) ** -0.9) for h, w in grids])
+        weights_of.append(own * n / own.sum())
+        for j in range(n):
+            image.append(F.cross_entropy(logits[row, start + j], image_labels[row, j] + 64))
+        end = start + n  # <eoi>
+        for t in range(logits.shape[1] - 1):
+            # A slot predicts its code, and nothing predicts <eoi>: it is forced.
+            if labels[row, t + 1] != -100 and not start <= t < end:
+                text.append(F.cross_entropy(logits[row, t], labels[row, t + 1]))
+    expected_image = (torch.stack(image) * torch.cat(weights_of)).mean()
+    torch.testing.assert_close(output.image_loss, expected_image)
+    torch.testing.assert_close(output.text_loss, torch.stack(text).mean())
+    torch.testing.assert_close(output.loss, output.text_loss + output.image_loss)
+    assert output.logits is None
+
+
+def test_the_papers_weights_at_the_1024_level():
+    """NextFlow Eq 2 at alpha = 0.9 (reference table of the weights)."""
+    config = NextFlowConfig.from_preset("nextflow-7b", scale_loss_alpha=0.9)
+    grids = config.schedule.grids_for_size(1024, 1024)
+    holder = type("Holder", (), {"config": config})()
+    weights, scales = NextFlowForConditionalGeneration._scale_weights(holder, grids)
+    firsts = [weights[(scales == k).nonzero()[0, 0]].item() for k in range(18)]
+    expected = [344, 98.8, 47.6, 28.4, 19.0, 13.7, 10.4, 8.15, 5.45, 3.93, 2.98, 2.34, 1.57, 1.13, 0.86, 0.67, 0.32, 0.19]
+    for own, printed in zip(firsts, expected):
+        assert own == pytest.approx(printed, rel=0.02)
+    assert weights.mean().item() == pytest.approx(1.0, abs=1e-4)
+    assert weights[scales < 8].sum().item() / 10084 == pytest.approx(0.359, abs=1e-3)
+
+
+def test_chunked_loss_and_gradient_equal_the_plain_ones(monkeypatch):
+    results = []
+    for rows in (1024, 7):
+        model = small_model()
+        monkeypatch.setattr(modeling_nextflow, "LOSS_CHUNK_ROWS", rows)
+        batch = batch_of_images(model.config)
+        output = model(**batch, labels=batch["input_ids"], image_labels=batch["image_codes"].masked_fill(batch["image_codes"] < 0, -100))
+        output.loss.backward()
+        results.append((output.loss, model.lm_head.weight.grad, model.model.connector.linear_1.weight.grad))
+    for plain, chunked in zip(*results):
+        torch.testing.assert_close(plain, chunked, atol=1e-5, rtol=1e-5)
+
+
+def test_prefix_training_equals_the_whole_pictures_coarse_scales(model):
+    """A sequence that stops after scale 3 has the same hidden states as the whole one up to there."""
+    batch = batch_of_images(model.config, grids=(SQUARE, SQUARE), text=((7,), (8,)), after=((9,), (9,)))
+    whole = model.model(**batch).last_hidden_state[:, : 2 + 13]
+    ids = batch["input_ids"][:, : 2 + 13]
+    prefix = model.model(input_ids=ids, image_codes=batch["image_codes"], image_grids=batch["image_grids"])
+    torch.testing.assert_close(prefix.last_hidden_state, whole, atol=1e-5, rtol=1e-5)
+    loss = model(
+        input_ids=ids, image_codes=batch["image_codes"], image_grids=batch["image_grids"], image_labels=batch["image_codes"]
+    )
+    assert loss.image_loss_per_scale[:3].isfinite().all() and loss.image_loss_per_scale[3].isnan()
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        model = small_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        batch = batch_of_images(model.config)
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        gradients.append(model.model.connector.linear_1.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+# ---- identity --------------------------------------------------------------------------------------------------------
+
+
+def test_saved_and_loaded_is_the_same_to_the_bit(model, tmp_path):
+    model.config.codebook_fingerprint = model.vq_model.fingerprint()
+    model.save_pretrained(tmp_path)
+    loaded = NextFlowForConditionalGeneration.from_pretrained(tmp_path).eval()
+    batch = batch_of_images(model.config)
+    assert torch.equal(model(**batch).logits, loaded(**batch).logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tied_and_untied_embeddings(tied, tmp_path):
+    model = small_model(tie_word_embeddings=tied)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    model.save_pretrained(tmp_path)
+    loaded = NextFlowForConditionalGeneration.from_pretrained(tmp_path)
+    assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == tied
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_refuses_a_tokenizer_it_was_not_trained_with(model, tmp_path):
+    model.config.codebook_fingerprint = model.vq_model.fingerprint()
+    stranger = small_model(seed=5).vq_model
+    with pytest.raises(ValueError, match="was trained with the image tokenizer"):
+        model.set_vq_model(stranger)
+    model.set_vq_model(model.vq_model)
+    with torch.no_grad():
+        model.vq_model.codebook.pixel.weight[3, 1] += 0.5
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="would draw noise"):
+        NextFlowForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_flash_attention_is_refused_where_it_would_turn_causal(model):
+    model.config.text_config._attn_implementation_internal = "flash_attention_2"
+    batch = batch_of_images(model.config)
+    with pytest.raises(ValueError, match="flash_attention_2.*both directions"):
+        model.model(**batch)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: b.pop("image_grids"), "need `image_grids`"),
+        (lambda b: b.update(image_codes=b["image_codes"][:1]), "Codes of 1 images"),
+        (lambda b: b.update(image_grids=b["image_grids"][:1], image_codes=b["image_codes"][:1]), "2 begin-of-image"),
+        (lambda b: b.update(image_codes=b["image_codes"] + 32), "Codes must lie in"),
+        (lambda b: b.update(image_grids=b["image_grids"].flip(0)), "end within a scale|no schedule"),
+        (lambda b: b["image_grids"].__setitem__((0, 2), torch.tensor([3, 2])), "image 0: These grids match no schedule"),
+        (lambda b: b["input_ids"].__setitem__((0, 5), 9), "outside an image|end within a scale"),
+        (lambda b: [b.pop(k) for k in ("image_codes", "image_grids")], "neither `pixel_values` nor `image_codes`"),
+        (lambda b: b.pop("input_ids"), "Give `input_ids`"),
+        (lambda b: b.update(image_codes=b["image_codes"][:, :10]), "need .* codes an image"),
+        (lambda b: b.update(image_labels=torch.full((2, 30), 99)), "Image labels must be codes"),
+        (lambda b: b.update(image_labels=torch.zeros(1, 30, dtype=torch.long)), "Labels of 1 images"),
+        (lambda b: b.update(image_labels=torch.zeros(2, 9, dtype=torch.long)), "there are 9 labels"),
+    ],
+)
+def test_refuses_images_that_do_not_fit(model, change, message):
+    batch = batch_of_images(model.config)
+    change(batch)
+    with pytest.raises(ValueError, match=message):
+        model(**batch)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: NextFlowConfig(visual_input="pixels"), "visual_input"),
+        (lambda: NextFlowConfig(context_image="all"), "context_image"),
+        (lambda: NextFlowConfig(abilities=["fly"]), "abilities"),
+        (lambda: NextFlowConfig.from_preset("nextflow-8b"), "no preset"),
+        (lambda: NextFlowVQConfig(encoder_channels=[8, 8], decoder_channels=[8, 8]), "must agree"),
+        (lambda: NextFlowVQConfig(encoder_channels=[8, 8]), "same number of levels"),
+        (lambda: NextFlowVQConfig(sides=[1, 3, 2], levels=[3]), "strictly grow"),
+    ],
+)
+def test_refuses_configurations_that_cannot_be(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,318 @@
+import queue
+import threading
+
+import pytest
+import torch
+from conftest import small_model
+from transformers import GenerationConfig
+
+from nextflow_hf.modeling.generation_nextflow import ImageSampling, ScaleStreamer, ramp, sample_codes
+
+PROMPTS = {
+    "input_ids": torch.tensor([[0, 0, 0, 7], [8, 9, 10, 11], [0, 12, 13, 14], [0, 0, 15, 16]]),
+    "attention_mask": torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1]]),
+}
+SIZES = [(32, 32), (16, 16), (16, 48), (32, 32)]
+DRAW = {"generation_mode": "image", "guidance_scale": 2.0, "temperature": 1.0, "top_k": 12, "top_p": 0.95, "seed": 7}
+
+
+def draw(model, **overrides):
+    return model.generate(**{**PROMPTS, "image_size": SIZES, **DRAW, **overrides})
+
+
+def assert_same_pictures(first, second, atol=1e-5):
+    for a, b in zip(first.codes, second.codes, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(first.log_probs, second.log_probs, strict=True):
+        torch.testing.assert_close(a, b, atol=atol, rtol=0)
+    for a, b in zip(first.images, second.images, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
+def exact_model(request):
+    return small_model().to(request.param)
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 2.0])
+def test_static_dynamic_and_no_cache_agree(exact_model, guidance_scale):
+    dynamic = draw(exact_model, guidance_scale=guidance_scale)
+    assert_same_pictures(dynamic, draw(exact_model, guidance_scale=guidance_scale, cache_implementation="static"))
+    assert_same_pictures(dynamic, draw(exact_model, guidance_scale=guidance_scale, use_cache=False))
+
+
+def test_a_batch_of_unequal_prompts_and_sizes_equals_one_by_one(exact_model):
+    together = draw(exact_model)
+    for row in range(4):
+        start = int((PROMPTS["attention_mask"][row] == 0).sum())
+        alone = exact_model.generate(
+            PROMPTS["input_ids"][row : row + 1, start:], image_size=SIZES[row], **{**DRAW, "seed": 7 + row}
+        )
+        assert torch.equal(alone.codes[0], together.codes[row])
+        torch.testing.assert_close(alone.log_probs[0], together.log_probs[row], atol=1e-5, rtol=0)
+        assert alone.images[0].shape == (3, *SIZES[row])
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 3.0])
+def test_recorded_log_probabilities_equal_a_teacher_forced_pass(exact_model, guidance_scale):
+    drawn = draw(exact_model, guidance_scale=guidance_scale)
+    config = exact_model.config
+    for row, grids in enumerate(drawn.grids):
+        slots = sum(h * w for h, w in grids[1:])
+        prompt = PROMPTS["input_ids"][row][PROMPTS["attention_mask"][row] > 0].tolist()
+        ids = torch.tensor([[*prompt, config.boi_token_id, *[config.image_token_id] * slots]])
+        logits = exact_model(
+            input_ids=ids, image_codes=drawn.codes[row][None], image_grids=torch.tensor([grids])
+        ).logits[0, len(prompt) :, 64:]
+        expected = logits.log_softmax(dim=-1).gather(-1, drawn.codes[row][:, None])[:, 0]
+        torch.testing.assert_close(drawn.log_probs[row].to(expected), expected, atol=1e-5, rtol=0)
+
+
+def test_greedy_drawing_equals_teacher_forced_argmax():
+    model = small_model(visual_input="accumulated")
+    drawn = model.generate(torch.tensor([[7, 8]]), generation_mode="image", image_size=(32, 32), guidance_scale=0, top_k=1)
+    ids = torch.tensor([[7, 8, 3, *[5] * 29]])
+    logits = model(input_ids=ids, image_codes=drawn.codes[0][None], image_grids=torch.tensor([drawn.grids[0]])).logits
+    assert torch.equal(logits[0, 2:, 64:].argmax(-1), drawn.codes[0])
+
+
+def test_seed_decides_and_nothing_else():
+    model = small_model()
+    first, again, other = draw(model), draw(model), draw(model, seed=8)
+    assert_same_pictures(first, again, atol=0)
+    assert any(not torch.equal(a, b) for a, b in zip(first.codes, other.codes))
+    torch.manual_seed(99)
+    assert_same_pictures(first, draw(model), atol=0)
+    by_generators = draw(model, seed=None, generator=[torch.Generator().manual_seed(7 + row) for row in range(4)])
+    assert_same_pictures(first, by_generators, atol=0)
+
+
+def test_guidance_ramps_from_nothing_to_full():
+    assert [ramp(6.0, k, 4) for k in range(4)] == [0, 2, 4, 6]
+    model = small_model()
+    weak, strong = draw(model, guidance_scale=0.0), draw(model, guidance_scale=8.0)
+    for a, b in zip(weak.codes, strong.codes):
+        assert a[0] == b[0]  # the first scale is unguided
+    assert any(not torch.equal(a, b) for a, b in zip(weak.codes, strong.codes))
+
+
+def test_a_negative_prompt_takes_the_place_of_no_prompt():
+    model = small_model()
+    ids = torch.tensor([[20, 21, 22, 23, 24, 25]])
+    negative = draw(model, negative_prompt_ids=ids)
+    assert any(not torch.equal(a, b) for a, b in zip(negative.codes, draw(model).codes))
+    alone = model.generate(
+        PROMPTS["input_ids"][1:2], image_size=SIZES[1], negative_prompt_ids=ids, **{**DRAW, "seed": 8}
+    )
+    assert torch.equal(alone.codes[0], negative.codes[1])
+
+
+def test_images_in_the_prompt_are_seen_and_batch_like_alone():
+    model = small_model()
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    image = [3, *[5] * 29, 4]
+    ids = torch.tensor([[0, 7, *image, 8], [9, 10, *image, 11]])
+    mask = (torch.arange(ids.shape[1]) >= torch.tensor([[1], [0]])).long()
+    kwargs = {**DRAW, "image_size": (32, 32)}
+    together = model.generate(ids, attention_mask=mask, pixel_values=pixels, **kwargs)
+    alone = model.generate(ids[1:], pixel_values=pixels[1:], **{**kwargs, "seed": 8})
+    assert torch.equal(alone.codes[0], together.codes[1])
+    other = model.generate(ids[1:], pixel_values=pixels[:1], **{**kwargs, "seed": 8})
+    assert (other.log_probs[0] - alone.log_probs[0]).abs().max() > 1e-4
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+
+def test_sampling_follows_the_filtered_distribution():
+    scores = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -9.0])
+    uniforms = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
+    sampling = ImageSampling(temperature=0.8, top_k=4, top_p=0.9)
+    codes = sample_codes(scores.expand(20000, -1), uniforms, sampling)
+    probabilities = (scores[:4] / 0.8).softmax(-1)
+    kept = probabilities.cumsum(-1) - probabilities < 0.9
+    expected = torch.where(kept, probabilities, 0)
+    expected = expected / expected.sum()
+    frequencies = torch.bincount(codes, minlength=6)[:4] / 20000
+    torch.testing.assert_close(frequencies, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 1e-16])
+def test_sampling_never_leaves_what_top_p_kept(uniform):
+    scores = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    codes = sample_codes(scores, torch.full((64,), uniform, dtype=torch.float64), ImageSampling(top_k=0, top_p=0.3))
+    order = scores.softmax(-1).sort(dim=-1, descending=True)
+    kept = (order.values.cumsum(-1) - order.values < 0.3).sum(-1)
+    rank = (order.indices == codes[:, None]).nonzero()[:, 1]
+    assert (rank < kept).all()
+
+
+def test_zero_temperature_and_top_1_are_greedy():
+    scores = torch.randn(9, 32)
+    for sampling in (ImageSampling(temperature=0.0), ImageSampling(top_k=1)):
+        assert torch.equal(sample_codes(scores, torch.rand(9), sampling), scores.argmax(-1))
+
+
+def test_sampling_defaults_come_from_the_checkpoint(tmp_path):
+    model = small_model()
+    model.generation_config = GenerationConfig(image_guidance_scale=0.0, image_top_k=1)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    plain = loaded.generate(**PROMPTS, generation_mode="image", image_size=SIZES)
+    explicit = draw(model, guidance_scale=0.0, top_k=1)
+    assert_same_pictures(plain, explicit)
+
+
+# ---- watching --------------------------------------------------------------------------------------------------------
+
+
+def test_callback_and_streamer_get_every_scale():
+    model = small_model()
+    steps = []
+    streamer = ScaleStreamer(timeout=30)
+    thread = threading.Thread(target=draw, args=(model,), kwargs={"streamer": streamer, "callback_on_scale_end": steps.append})
+    thread.start()
+    streamed = list(streamer)
+    thread.join()
+    assert [step.scale for step in streamed] == [step.scale for step in steps] == [0, 1, 2, 3]
+    final = draw(model)
+    assert all(torch.equal(a, b) for a, b in zip(steps[-1].codes, final.codes))
+    previews = steps[1].preview()
+    assert [tuple(image.shape) for image in previews] == [(3, *size) for size in SIZES]
+    torch.testing.assert_close(steps[-1].preview()[0], final.images[0])
+
+
+def test_a_callback_can_stop():
+    drawn = draw(small_model(), image_size=(32, 32), callback_on_scale_end=lambda step: step.scale < 2)
+    assert all(len(codes) == 1 + 4 + 9 for codes in drawn.codes)
+    assert all(image.shape == (3, 32, 32) for image in drawn.images)
+
+
+def test_a_streamer_nobody_feeds_times_out():
+    with pytest.raises(queue.Empty):
+        next(ScaleStreamer(timeout=0.01))
+
+
+# ---- text and both ---------------------------------------------------------------------------------------------------
+
+
+def test_text_never_contains_codes_or_image_tokens():
+    model = small_model()
+    out = model.generate(**PROMPTS, max_new_tokens=24, do_sample=True)[:, 4:]
+    assert (out < 64).all() and not torch.isin(out, torch.tensor([3, 4, 5])).any()
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_text_after_an_image_continues_its_time(use_cache):
+    """Greedy text after a picture, with and without the cache, equals the argmax of full passes."""
+    model = small_model()
+    codes = torch.randint(32, (2, 30), generator=torch.Generator().manual_seed(0))
+    grids = torch.tensor([[(1, 1), (2, 2), (3, 3), (4, 4)]] * 2)
+    ids = torch.tensor([[0, 7, 3, *[5] * 29, 4, 8], [9, 10, 3, *[5] * 29, 4, 11]])
+    mask = (torch.arange(ids.shape[1]) >= torch.tensor([[1], [0]])).long()
+    out = model.generate(
+        ids, attention_mask=mask, image_codes=codes, image_grids=grids, max_new_tokens=6, do_sample=False,
+        use_cache=use_cache, eos_token_id=-1,
+    )  # fmt: skip
+    for _ in range(6):
+        logits = model(
+            input_ids=ids, attention_mask=mask, image_codes=codes, image_grids=grids, logits_to_keep=1
+        ).logits[:, -1]
+        logits[:, 64:] = -torch.inf
+        logits[:, [3, 4, 5]] = -torch.inf
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+        mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
+    assert torch.equal(out, ids)
+
+
+def test_interleaved_alternates_and_stops():
+    model = small_model()
+    with torch.no_grad():
+        # Begin-of-image is certain to come: after any token the model wants a picture.
+        model.lm_head.weight[3] = 0
+    model.generation_config.eos_token_id = 2
+    out = model.generate(
+        torch.tensor([[7, 8]]), generation_mode="interleaved", image_size=(32, 32), seed=1, max_images=2,
+        max_new_tokens=40, do_sample=True, image_guidance_scale=0.0, image_top_k=5,
+    )  # fmt: skip
+    (segments,) = out.segments
+    pictures = [segment for segment in segments if segment.is_floating_point()]
+    texts = [segment for segment in segments if not segment.is_floating_point()]
+    assert len(pictures) == len(out.codes[0]) <= 2
+    assert all(picture.shape == (3, 32, 32) for picture in pictures)
+    assert sum(map(len, texts)) <= 40 and all((text < 64).all() for text in texts)
+    assert len(segments) > 0
+
+
+def test_interleaved_pictures_equal_image_mode_on_the_same_prefix():
+    model = small_model(seed=3)
+    model.generation_config.eos_token_id = 2
+    forced = torch.tensor([[7, 8, 9]])
+    out = model.generate(
+        forced, generation_mode="interleaved", image_size=(32, 32), seed=5, max_images=1, max_new_tokens=30,
+        do_sample=True, temperature=3.0, image_guidance_scale=0.0, image_top_k=5,
+    )  # fmt: skip
+    segments = out.segments[0]
+    if not out.codes[0]:
+        pytest.skip("this seed's text never asked for a picture")
+    text = segments[0] if not segments[0].is_floating_point() else torch.empty(0, dtype=torch.long)
+    prefix = torch.cat([forced[0], text])[None]
+    alone = model.generate(prefix, generation_mode="image", image_size=(32, 32), seed=5, guidance_scale=0.0, top_k=5)
+    assert torch.equal(alone.codes[0], out.codes[0][0])
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"guidance_scale": -1.0}, "guidance_scale"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"temperature": -0.5}, "temperature"),
+        ({"top_k": -3}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"image_size": (32, -32)}, "positive"),
+        ({"image_size": (30, 32)}, "multiple of 8"),
+        ({"image_size": (32, 32, 3)}, "height, width"),
+        ({"image_size": (32.0, 32)}, "whole pixels|sizes for 4 prompts"),
+        ({"image_size": [(32, 32)]}, "1 sizes for 4 prompts"),
+        ({"seed": [1, 2]}, "2 seeds"),
+        ({"generator": torch.Generator()}, "not both"),
+        ({"generation_mode": "video"}, "generation_mode"),
+        ({"cache_implementation": "quantized"}, "cache_implementation"),
+        ({"num_beams": 4}, "does not know.*num_beams"),
+        ({"input_ids": torch.zeros(4, 0, dtype=torch.long), "attention_mask": None}, "at least one token"),
+        ({"input_ids": torch.full((4, 4), 96)}, "Token ids"),
+        ({"attention_mask": torch.ones(4, 3)}, "does not fit"),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 0]] * 4)}, "padded on the left"),
+        ({"negative_prompt_ids": torch.ones(2, 3, dtype=torch.long)}, "2 negative prompts"),
+    ],
+)
+def test_refuses_mistaken_calls(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        draw(small_model(), **overrides)
+
+
+@pytest.mark.parametrize(
+    ("abilities", "kwargs", "needed"),
+    [
+        (["caption"], {"generation_mode": "image"}, "image"),
+        (["image"], {"generation_mode": "text"}, "text"),
+        (["image"], {"generation_mode": "interleaved"}, "interleaved"),
+        (["image", "text"], {"pixel_values": torch.zeros(1, 3, 32, 32)}, "caption"),
+        (["image"], {"generation_mode": "image", "pixel_values": torch.zeros(1, 3, 32, 32)}, "edit"),
+    ],
+)
+def test_refuses_by_name_what_the_checkpoint_was_not_trained_for(abilities, kwargs, needed):
+    model = small_model(abilities=abilities)
+    with pytest.raises(ValueError, match=f"not trained for '{needed}'"):
+        model.generate(**PROMPTS, **kwargs)
+
+
+def test_refuses_sizes_the_checkpoint_was_not_trained_for():
+    model = small_model(trained_image_sizes=[[32, 32]])
+    with pytest.raises(ValueError, match="trained to draw"):
+        draw(model, image_size=(16, 48))
+    assert draw(model, image_size=None).images[0].shape == (3, 32, 32)
