@@ -1,0 +1,102 @@
+"""`pipeline("any-to-any")` without torchvision, and `pipeline("text-to-image")`."""
+
+from transformers import AnyToAnyPipeline, GenerationConfig, Pipeline
+
+from .modeling.configuration_nextflow import NextFlowConfig
+
+# What `generate` takes in image mode, so that a pipeline's caller may name it directly.
+_DRAWING_ARGUMENTS = (
+    "image_size",
+    "seed",
+    "generator",
+    "guidance_scale",
+    "temperature",
+    "top_k",
+    "top_p",
+    "cache_implementation",
+    "callback_on_scale_end",
+    "streamer",
+)
+
+
+class NextFlowAnyToAnyPipeline(AnyToAnyPipeline):
+    """transformers' any-to-any pipeline; for NextFlow models it needs no torchvision.
+
+    With a NextFlow model, `generation_mode="image"` treats plain text as a user's turn, and drawing arguments
+    (`image_size`, `seed`, `guidance_scale`, ...) may be given by name. Other models are served as before.
+    """
+
+    def __init__(self, *args, **kwargs):
+        self._is_nextflow = _is_nextflow(args, kwargs)
+        if self._is_nextflow:
+            # AnyToAnyPipeline.__init__ would demand torchvision, which our PIL image processor does without.
+            Pipeline.__init__(self, *args, **kwargs)
+        else:
+            super().__init__(*args, **kwargs)
+
+    def _sanitize_parameters(self, generate_kwargs=None, generation_mode=None, **kwargs):
+        if not self._is_nextflow or generation_mode in (None, "text"):
+            return super()._sanitize_parameters(
+                generate_kwargs=generate_kwargs, generation_mode=generation_mode, **kwargs
+            )
+        drawing = {name: kwargs.pop(name) for name in _DRAWING_ARGUMENTS if name in kwargs}
+        preprocess, forward, postprocess = super()._sanitize_parameters(
+            generate_kwargs={**(generate_kwargs or {}), **drawing}, generation_mode=generation_mode, **kwargs
+        )
+        preprocess["as_chat"] = True
+        return preprocess, forward, postprocess
+
+    def preprocess(self, inputs=None, as_chat: bool = False, **kwargs):
+        if as_chat and isinstance(inputs, str):
+            return _chat_inputs(self.processor, [inputs]) | {"text": inputs}
+        return super().preprocess(inputs, **kwargs)
+
+    def _prepare_generate_kwargs(self, generate_kwargs):
+        if generate_kwargs.get("generation_mode", "text") != "text":
+            return generate_kwargs
+        return super()._prepare_generate_kwargs(generate_kwargs)
+
+
+class TextToImagePipeline(Pipeline):
+    """Draws pictures of prompts: `pipeline("text-to-image", model=...)("a red circle", seed=7)`.
+
+    A string gives one `PIL.Image.Image`, a list of strings a list of them. Keyword arguments are those of `generate`
+    in image mode.
+    """
+
+    _load_processor = True
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+    _pipeline_calls_generate = True
+    default_generation_config = GenerationConfig()
+
+    def _sanitize_parameters(self, **kwargs):
+        unknown = set(kwargs) - {*_DRAWING_ARGUMENTS, "generate_kwargs"}
+        if unknown:
+            raise ValueError(f"A text-to-image pipeline does not know {sorted(unknown)}; it takes {_DRAWING_ARGUMENTS}.")
+        return {}, {**kwargs.pop("generate_kwargs", {}), **kwargs}, {}
+
+    def preprocess(self, prompt: str):
+        return _chat_inputs(self.processor, [prompt])
+
+    def _forward(self, model_inputs, **drawing):
+        return {"output": self.model.generate(**model_inputs, generation_mode="image", **drawing)}
+
+    def postprocess(self, model_outputs):
+        return self.processor.post_process_multimodal_output(model_outputs["output"], generation_mode="image")[0]
+
+
+def _chat_inputs(processor, prompts: list[str]) -> dict:
+    """Prompts as user turns that await an answer."""
+    messages = [[{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in prompts]
+    return dict(
+        processor.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+    )
+
+
+def _is_nextflow(args, kwargs) -> bool:
+    model = kwargs.get("model", args[0] if args else None)
+    return isinstance(getattr(model, "config", None), NextFlowConfig)

@@ -1,0 +1,48 @@
+"""Tells transformers of our classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .modeling.configuration_nextflow import NextFlowConfig, NextFlowVQConfig
+from .modeling.modeling_nextflow import NextFlowForConditionalGeneration, NextFlowModel
+from .modeling.modeling_nextflow_vq import NextFlowVQModel
+from .pipelines import NextFlowAnyToAnyPipeline, TextToImagePipeline
+from .processing.image_processing_nextflow import NextFlowImageProcessor
+from .processing.image_processing_pil_nextflow import NextFlowImageProcessorPil
+from .processing.processing_nextflow import NextFlowProcessor
+
+
+def register() -> None:
+    """Register configurations, models, processors and pipelines. May be called again."""
+    for config in (NextFlowConfig, NextFlowVQConfig):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(NextFlowConfig, NextFlowModel, exist_ok=True)
+    AutoModel.register(NextFlowVQConfig, NextFlowVQModel, exist_ok=True)
+    for auto_class in (AutoModelForMultimodalLM, AutoModelForImageTextToText, AutoModelForCausalLM):
+        auto_class.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
+    AutoTokenizer.register(NextFlowConfig, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
+    AutoProcessor.register(NextFlowConfig, NextFlowProcessor, exist_ok=True)
+    try:
+        AutoImageProcessor.register(
+            NextFlowConfig,
+            image_processor_classes={"torchvision": NextFlowImageProcessor, "pil": NextFlowImageProcessorPil},
+            exist_ok=True,
+        )
+    except ImportError:
+        # transformers before 5.23 has no AutoImageProcessor without torchvision; NextFlowProcessor needs none.
+        pass
+    for task, pipeline_class in (("any-to-any", NextFlowAnyToAnyPipeline), ("text-to-image", TextToImagePipeline)):
+        PIPELINE_REGISTRY.supported_tasks.pop(task, None)
+        PIPELINE_REGISTRY.register_pipeline(
+            task, pipeline_class=pipeline_class, pt_model=AutoModelForMultimodalLM, type="multimodal"
+        )
