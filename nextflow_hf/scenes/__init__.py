@@ -1,26 +1,40 @@
 """A small world with a referee: pictures made by a program that knows what they show."""
 
-from .captions import Facts, Group, caption, describe, facts_match, parse
-from .sampling import CATEGORIES, sample_scene
-from .source import SceneSource
+from .calibration import calibrate
+from .captions import Facts, Group, caption, describe, facts_match, is_complete, parse
+from .prompts import ScenePrompt, make_prompts, scene_for
+from .referee import Reading, Referee, SeenObject, Verdict
+from .sampling import CATEGORIES, SPLITS, sample_scene
+from .source import QUESTION, SceneSource
 from .world import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, SceneObject, relation, render
 
 __all__ = [
     "BACKGROUNDS",
     "CATEGORIES",
     "COLORS",
+    "QUESTION",
     "SHAPES",
     "SIZES",
+    "SPLITS",
     "Facts",
     "Group",
+    "Reading",
+    "Referee",
     "Scene",
     "SceneObject",
+    "ScenePrompt",
     "SceneSource",
+    "SeenObject",
+    "Verdict",
+    "calibrate",
     "caption",
     "describe",
     "facts_match",
+    "is_complete",
+    "make_prompts",
     "parse",
     "relation",
     "render",
     "sample_scene",
+    "scene_for",
 ]

@@ -11,7 +11,7 @@ from itertools import permutations
 
 import numpy as np
 
-from .world import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, SceneObject, relation
+from .world import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, relation
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 _PLURALS = {shape: f"{shape}es" if shape.endswith("s") else f"{shape}s" for shape in SHAPES}
@@ -22,7 +22,7 @@ _RELATION_WORDS = {
     "above": ("above",),
     "below": ("below", "under"),
 }
-_OPENINGS = ("a picture of ", "draw ", "show me ", "an image with ")
+OPENINGS = ("a picture of ", "draw ", "show me ", "an image with ")
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
             where = relation(a, b)
     else:
         groups = [Group(count, shape, color) for (shape, color), count in kinds.items()]
-    opening = _OPENINGS[rng.integers(len(_OPENINGS))] if rng.random() < 0.4 else ""
+    opening = OPENINGS[rng.integers(len(OPENINGS))] if rng.random() < 0.4 else ""
     wording = None if where is None else _RELATION_WORDS[where][rng.integers(len(_RELATION_WORDS[where]))]
     return opening + words_of(Facts(tuple(groups), where, background), wording, digits=rng.random() < 0.15)
 
@@ -131,7 +131,7 @@ _PHRASE = (
 )
 _WHERE_OF = {wording: where for where, wordings in _RELATION_WORDS.items() for wording in wordings}
 _CAPTION = re.compile(
-    rf"^(?:{'|'.join(_OPENINGS)})?(?P<body>.+?)(?: on a (?P<background>{'|'.join(BACKGROUNDS)}) background)?$"
+    rf"^(?:{'|'.join(OPENINGS)})?(?P<body>.+?)(?: on a (?P<background>{'|'.join(BACKGROUNDS)}) background)?$"
 )
 _RELATED = re.compile(rf"^{_PHRASE.format(1)} (?P<where>{'|'.join(_WHERE_OF)}) {_PHRASE.format(2)}$")
 _ONE = re.compile(rf"^{_PHRASE.format(1)}$")
@@ -180,8 +180,3 @@ def is_complete(facts: Facts) -> bool:
 def opposite(where: str) -> str:
     """The relation seen from the other object."""
     return _OPPOSITE[where]
-
-
-def object_of(group: Group, cell: tuple[int, int], color: str, size: str) -> SceneObject:
-    """An object that a group's claim fits, with what it leaves open filled in."""
-    return SceneObject(group.shape, group.color or color, group.size or size, cell)

@@ -1,0 +1,220 @@
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nextflow_hf.scenes import (
+    CATEGORIES,
+    COLORS,
+    SHAPES,
+    SIZES,
+    Facts,
+    Group,
+    Referee,
+    Scene,
+    SceneObject,
+    SceneSource,
+    calibrate,
+    caption,
+    describe,
+    facts_match,
+    is_complete,
+    make_prompts,
+    parse,
+    relation,
+    render,
+    sample_scene,
+    scene_for,
+)
+from nextflow_hf.scenes.prompts import keys_in
+from nextflow_hf.scenes.sampling import keys_of, split_of
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    rng = np.random.default_rng(0)
+    return [sample_scene(rng) for _ in range(3000)]
+
+
+def test_training_never_sees_a_held_out_combination(scenes):
+    assert all(split_of(key) == "train" for scene in scenes for key in keys_of(scene))
+
+
+def test_training_sees_every_color_shape_size_and_number(scenes):
+    lone = [scene.objects[0] for scene in scenes if len(scene.objects) == 1]
+    assert {own.shape for own in lone} == set(SHAPES) and {own.color for own in lone} == set(COLORS)
+    assert {own.size for own in lone} == set(SIZES)
+    assert set(Counter(len(scene.objects) for scene in scenes)) == {1, 2, 3, 4}
+    pairs = [scene.objects for scene in scenes if len(scene.objects) == 2]
+    assert {relation(*pair) for pair in pairs} == {"left of", "right of", "above", "below", None}
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_other_splits_always_show_one_of_theirs(split):
+    rng = np.random.default_rng(1)
+    for _ in range(100):
+        assert split in {split_of(key) for key in keys_of(sample_scene(rng, split))}
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_every_category_has_combinations_in_every_split(category):
+    sizes = {split: len(keys_in(category, split)) for split in ("train", "validation", "test")}
+    assert sizes["train"] > sizes["test"] >= 2 and sizes["validation"] >= 1
+
+
+def test_captions_are_true_and_can_be_read_back(scenes):
+    rng = np.random.default_rng(2)
+    for scene in scenes:
+        facts = parse(caption(scene, rng))
+        assert facts is not None and facts_match(facts, scene)
+
+
+def test_descriptions_are_complete(scenes):
+    for scene in scenes:
+        facts = parse(describe(scene))
+        assert facts is not None and is_complete(facts) and facts_match(facts, scene)
+
+
+@pytest.mark.parametrize(
+    ("text", "facts"),
+    [
+        ("a star", Facts((Group(1, "star"),))),
+        ("draw three red crosses", Facts((Group(3, "cross", "red"),))),
+        ("2 stars on a black background", Facts((Group(2, "star"),), None, "black")),
+        ("a red circle to the left of a blue square", Facts((Group(1, "circle", "red"), Group(1, "square", "blue")), "left of")),
+        ("a cross under a star.", Facts((Group(1, "cross"), Group(1, "star")), "below")),
+    ],
+)
+def test_parse(text, facts):
+    assert parse(text) == facts
+
+
+@pytest.mark.parametrize("text", ["", "a dog", "red", "a red", "two red circle square", "a circle left of two stars", "seven stars"])
+def test_parse_refuses_what_is_no_caption(text):
+    assert parse(text) is None
+
+
+def test_items_do_not_depend_on_order_or_run():
+    one, other = SceneSource(seed=3), SceneSource(seed=3)
+    other.scene(17)
+    assert one.scene(5) == other.scene(5) and np.array_equal(one.image(5), other.image(5))
+    assert one.prompt(5, np.random.default_rng(1)) == other.prompt(5, np.random.default_rng(1))
+    assert SceneSource(seed=4).scene(5) != one.scene(5)
+
+
+def test_facts_survive_json(scenes):
+    for scene in scenes[:50]:
+        assert Scene.from_dict(json.loads(json.dumps(scene.to_dict()))) == scene
+
+
+def test_a_large_picture_is_a_small_one_in_detail():
+    scene = Scene((SceneObject("star", "red", "large", (1, 1)), SceneObject("circle", "cyan", "small", (0, 0))))
+    large = Image.fromarray(render(scene, (256, 256))).resize((64, 64), Image.Resampling.BOX)
+    assert np.abs(np.asarray(large, float) - render(scene, (64, 64))).mean() < 1.5
+
+
+def test_any_aspect_ratio():
+    scene = Scene((SceneObject("circle", "red", "small", (0, 7)),), lattice=(4, 8))
+    assert render(scene, (64, 128)).shape == (64, 128, 3)
+    assert Referee((4, 8)).look(render(scene, (64, 128))).objects[0].center == (0.5, 7.5)
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_prompts_are_of_unseen_combinations_and_can_be_shown(category):
+    rng = np.random.default_rng(5)
+    referee = Referee()
+    prompts = make_prompts(category, 100)
+    assert prompts == make_prompts(category, 100) and len(prompts) == 100
+    for prompt in prompts:
+        assert parse(prompt.text) == prompt.facts
+        scene = scene_for(prompt.facts, rng)
+        assert "test" in {split_of(key) for key in keys_of(scene)}
+        assert referee.judge(render(scene), prompt.facts).passed
+
+
+def test_the_referee_errs_in_less_than_one_in_a_hundred():
+    errors = calibrate(400)
+    assert errors["error"] < 0.01 and errors["error_degraded"] < 0.01
+    assert errors["false_accepts"] == 0 and errors["false_accepts_degraded"] == 0
+
+
+def picture_of(*objects, background="white"):
+    return render(Scene(tuple(objects), background))
+
+
+RED_CIRCLE = SceneObject("circle", "red", "small", (0, 0))
+
+
+@pytest.mark.parametrize("background", ["white", "gray", "black"])
+def test_the_referee_sees_an_empty_picture(background):
+    reading = Referee().look(picture_of(background=background))
+    assert reading.readable and reading.objects == () and reading.background == background
+
+
+def halved(picture):
+    picture = picture.copy()
+    picture[:9, :16] = 255
+    return picture
+
+
+def two_colored(picture):
+    picture = picture.copy()
+    red = (picture == picture[8, 8]).all(-1)
+    red[:, 8:] = False
+    picture[red] = COLORS["blue"]
+    return picture
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        halved,
+        two_colored,
+        lambda p: np.random.default_rng(0).integers(0, 256, p.shape).astype(np.uint8),
+        lambda p: np.roll(p, 8, axis=1),  # half of it beyond the border
+        lambda p: (p * 0.4 + np.array([100, 90, 60])).astype(np.uint8),
+    ],
+)
+def test_the_referee_does_not_guess(spoil):
+    facts = Facts((Group(1, "circle", "red"),))
+    picture = picture_of(RED_CIRCLE)
+    assert Referee().judge(picture, facts).passed
+    spoiled = spoil(np.roll(picture, -16, axis=1) if spoil.__name__ == "<lambda>" else picture)
+    assert not Referee().judge(spoiled, facts).passed
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        np.zeros((64, 64), np.uint8),
+        np.zeros((64, 64, 4), np.uint8),
+        np.full((64, 64, 3), np.nan),
+        np.zeros((16, 16, 3), np.uint8),
+        "picture.png",
+    ],
+)
+def test_the_referee_refuses_what_is_no_picture(bad):
+    with pytest.raises(ValueError, match="referee"):
+        Referee().look(bad)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SceneObject("hexagon", "red", "small", (0, 0)), "shape"),
+        (lambda: SceneObject("circle", "beige", "small", (0, 0)), "color"),
+        (lambda: SceneObject("circle", "red", "huge", (0, 0)), "size"),
+        (lambda: Scene((SceneObject("circle", "red", "large", (3, 3)),)), "does not fit"),
+        (lambda: Scene((RED_CIRCLE, RED_CIRCLE)), "overlaps"),
+        (lambda: Scene((), "plaid"), "background"),
+        (lambda: render(Scene(()), (8, 8)), "too small"),
+        (lambda: sample_scene(np.random.default_rng(0), "dev"), "split"),
+        (lambda: sample_scene(np.random.default_rng(0), "train", (2, 2)), "lattice"),
+        (lambda: make_prompts("style"), "category"),
+    ],
+)
+def test_refuses_scenes_that_cannot_be(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
