@@ -1,4 +1,7 @@
-"""NextFlow-HF."""
+"""NextFlow (arXiv 2601.02204) for Hugging Face: one transformer that reads, writes and draws.
+
+Importing the package registers its classes with transformers' Auto classes and pipelines.
+"""
 
 from pathlib import Path
 
@@ -8,3 +11,33 @@ __version__ = "0.1.0"
 _root = Path(__file__).resolve().parent.parent
 if (_root / "setup.cfg").is_file():
     __path__.append(str(_root))
+
+from .registration import register  # noqa: E402  (the path comes first)
+
+MINI = str(Path(__file__).resolve().parent / "checkpoints" / "nextflow-mini")
+"""Folder of the bundled checkpoint, for every `from_pretrained`."""
+
+_EXPORTS = {
+    "NextFlowConfig": "modeling.configuration_nextflow",
+    "NextFlowVQConfig": "modeling.configuration_nextflow",
+    "ScaleSchedule": "modeling.scale_schedule",
+    "NextFlowVQModel": "modeling.modeling_nextflow_vq",
+    "NextFlowModel": "modeling.modeling_nextflow",
+    "NextFlowForConditionalGeneration": "modeling.modeling_nextflow",
+    "ScaleStreamer": "modeling.generation_nextflow",
+    "NextFlowProcessor": "processing.processing_nextflow",
+    "NextFlowImageProcessor": "processing.image_processing_nextflow",
+    "NextFlowImageProcessorPil": "processing.image_processing_pil_nextflow",
+}
+__all__ = ["MINI", "register", *_EXPORTS]
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        import importlib
+
+        return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register()
