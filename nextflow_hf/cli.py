@@ -1,0 +1,156 @@
+"""The command line: `nextflow-hf generate | describe | train | evaluate | demo`."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; a user's mistake is one line on standard error and exit code 2."""
+    # Some CPUs announce AMX without running it; an upper bound that is harmless elsewhere.
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"nextflow-hf {args.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nextflow-hf", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    generate = commands.add_parser("generate", help="draw pictures of a prompt")
+    generate.add_argument("prompt")
+    generate.add_argument("--checkpoint", default="mini", help='"mini" (bundled), a folder or a Hub id')
+    generate.add_argument("--output", type=Path, default=Path("pictures"), help="folder for the PNG files")
+    generate.add_argument("--count", type=int, default=1, help="pictures to draw")
+    generate.add_argument("--size", type=_size, help="HEIGHTxWIDTH in pixels")
+    generate.add_argument("--seed", type=int, default=0)
+    for name, kind in (("guidance-scale", float), ("temperature", float), ("top-k", int), ("top-p", float)):
+        generate.add_argument(f"--{name}", type=kind)
+    generate.set_defaults(run=_generate)
+
+    describe = commands.add_parser("describe", help="say what a picture shows")
+    describe.add_argument("picture", type=Path)
+    describe.add_argument("--question", default="describe the picture")
+    describe.add_argument("--checkpoint", default="mini")
+    describe.set_defaults(run=_describe)
+
+    train = commands.add_parser("train", help="run a training recipe")
+    train.add_argument("recipe", help="name of a bundled recipe, or a YAML file")
+    train.add_argument("overrides", nargs="*", help="key.sub=value")
+    train.add_argument("--threads", type=int, help="CPU threads")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="score a checkpoint")
+    evaluate.add_argument("suite", choices=["scenes"])
+    evaluate.add_argument("--checkpoint", default="mini")
+    evaluate.add_argument("--prompts", type=int, default=100, help="prompts per category")
+    evaluate.add_argument("--images", type=int, default=4, help="pictures per prompt")
+    evaluate.add_argument("--captions", type=int, default=500, help="pictures to describe")
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--output", type=Path, help="JSON file for the scores and all settings")
+    for name, kind in (("guidance-scale", float), ("temperature", float), ("top-k", int), ("top-p", float)):
+        evaluate.add_argument(f"--{name}", type=kind)
+    evaluate.set_defaults(run=_evaluate)
+
+    demo = commands.add_parser("demo", help="draw and describe with the bundled checkpoint")
+    demo.add_argument("--output", type=Path, default=Path("demo"))
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, separator, width = text.partition("x")
+    if not (separator and height.isdigit() and width.isdigit()):
+        raise argparse.ArgumentTypeError(f"a size is HEIGHTxWIDTH, got {text!r}")
+    return int(height), int(width)
+
+
+def _sampling(args: argparse.Namespace) -> dict:
+    names = ("guidance_scale", "temperature", "top_k", "top_p")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from .evaluation import draw_prompts, load
+
+    if args.count < 1:
+        raise ValueError(f"--count must be at least 1, got {args.count}.")
+    args.output.mkdir(parents=True, exist_ok=True)
+    model, processor = load(args.checkpoint)
+    sizes = {} if args.size is None else {"image_size": args.size}
+    seeds = [args.seed + index for index in range(args.count)]
+    pictures = draw_prompts(model, processor, [args.prompt] * args.count, seeds, args.count, **sizes, **_sampling(args))
+    for seed, picture in zip(seeds, pictures):
+        path = args.output / f"{seed:04d}.png"
+        write_whole(path, lambda file, own=picture: own.save(file, format="PNG"))
+        print(path)
+
+
+def _describe(args: argparse.Namespace) -> None:
+    from PIL import Image
+
+    from .evaluation import load
+
+    model, processor = load(args.checkpoint)
+    content = [{"type": "image", "image": Image.open(args.picture)}, {"type": "text", "text": args.question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    )
+    output = model.generate(**inputs, max_new_tokens=80, do_sample=False)
+    print(processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
+
+
+def _train(args: argparse.Namespace) -> None:
+    import torch
+
+    from .training.recipe import load_recipe
+    from .training.stages import run_recipe
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    run_recipe(load_recipe(args.recipe, args.overrides))
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from .evaluation import evaluate_scenes, table
+
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    result = evaluate_scenes(args.checkpoint, args.prompts, args.images, args.captions, args.seed, **_sampling(args))
+    if args.output is not None:
+        write_whole(args.output, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
+    print(table(result))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from .demo import run_demo
+
+    run_demo(args.output)
+
+
+def write_whole(path: Path, write) -> None:
+    """Let `write` fill a binary file under a temporary name, then rename it: the file is whole or absent."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        with open(unfinished, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

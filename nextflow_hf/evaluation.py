@@ -1,0 +1,233 @@
+"""Scores of a checkpoint on scenes: drawing by the referee, captions by their facts, the tokenizer by its pictures."""
+
+import hashlib
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+from . import MINI, __version__
+from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
+from .processing.processing_nextflow import NextFlowProcessor
+from .scenes import (
+    CATEGORIES,
+    QUESTION,
+    Referee,
+    SceneSource,
+    calibrate,
+    facts_match,
+    is_complete,
+    make_prompts,
+    parse,
+)
+
+
+def load(checkpoint: str) -> tuple[NextFlowForConditionalGeneration, NextFlowProcessor]:
+    """Model and processor of a checkpoint: "mini" (the bundled one), a folder or a Hub id."""
+    path = MINI if checkpoint == "mini" else checkpoint
+    return AutoModelForMultimodalLM.from_pretrained(path).eval(), AutoProcessor.from_pretrained(path)
+
+
+def draw_prompts(
+    model: NextFlowForConditionalGeneration,
+    processor: NextFlowProcessor,
+    prompts: list[str],
+    seeds: list[int],
+    batch_size: int = 64,
+    **sampling,
+) -> list:
+    """One PIL picture per prompt, each from its own seed; `sampling` goes to `generate`."""
+    pictures = []
+    for first in tqdm(range(0, len(prompts), batch_size), desc="draw"):
+        chosen = slice(first, first + batch_size)
+        messages = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in prompts[chosen]]
+        inputs = processor.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+        output = model.generate(**inputs, generation_mode="image", seed=seeds[chosen], **sampling)
+        pictures += processor.post_process_multimodal_output(output, generation_mode="image")
+    return pictures
+
+
+def score_drawing(
+    model: NextFlowForConditionalGeneration,
+    processor: NextFlowProcessor,
+    prompts_per_category: int = 100,
+    images_per_prompt: int = 4,
+    split: str = "test",
+    seed: int = 0,
+    batch_size: int = 64,
+    **sampling,
+) -> dict:
+    """The strict scenes score: a picture counts if it shows exactly the objects asked for and nothing else.
+
+    Returns:
+        `overall` and each category: `score` (share of pictures that pass), and `low`, `high` of the 95 % interval from
+        resampling prompts.
+    """
+    referee = Referee()
+    prompts = [p for category in CATEGORIES for p in make_prompts(category, prompts_per_category, split, seed)]
+    jobs = [(index, image) for index in range(len(prompts)) for image in range(images_per_prompt)]
+    pictures = draw_prompts(
+        model,
+        processor,
+        [prompts[index].text for index, _ in jobs],
+        [seed + 1000 * index + image for index, image in jobs],
+        batch_size,
+        **sampling,
+    )
+    passed = np.array([referee.judge(own, prompts[index].facts).passed for (index, _), own in zip(jobs, pictures)])
+    by_category = passed.reshape(len(CATEGORIES), prompts_per_category, images_per_prompt).mean(axis=-1)
+    resampled = _resample(by_category, np.random.default_rng(0))
+    result = {"overall": _interval(by_category.mean(), resampled.mean(axis=0))}
+    for name, scores, draws in zip(CATEGORIES, by_category, resampled):
+        result[name] = _interval(scores.mean(), draws)
+    return result
+
+
+def score_captions(
+    model: NextFlowForConditionalGeneration,
+    processor: NextFlowProcessor,
+    n: int = 500,
+    split: str = "test",
+    seed: int = 0,
+    batch_size: int = 64,
+) -> dict:
+    """Share of held-out pictures whose description, read back to facts, is complete and right in everything."""
+    source = SceneSource(_square(model), n, seed + 100_000, split)
+    right = []
+    for first in tqdm(range(0, n, batch_size), desc="describe"):
+        indices = range(first, min(first + batch_size, n))
+        messages = [
+            [{"role": "user", "content": [{"type": "image", "image": source.image(i)}, {"type": "text", "text": QUESTION}]}]
+            for i in indices
+        ]
+        inputs = processor.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+        output = model.generate(**inputs, max_new_tokens=80, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        for index, text in zip(indices, processor.batch_decode(output, skip_special_tokens=True)):
+            facts = parse(text)
+            right.append(facts is not None and is_complete(facts) and facts_match(facts, source.scene(index)))
+    right = np.array(right, float)
+    return _interval(right.mean(), _resample(right[None, :], np.random.default_rng(0))[0])
+
+
+def score_tokenizer(vq_model, size: tuple[int, int] = (64, 64), n: int = 500, split: str = "test", seed: int = 0) -> dict:
+    """Reconstruction of held-out pictures at every prefix of the scales, and how much of the codebook is used.
+
+    Returns:
+        `psnr`: dB of the mean squared error of all pictures, in 8-bit levels; `psnr_per_scale`: for 1, 2, ... scales;
+        `codebook_use`: share of codes chosen at least once over `n` pictures; `readable`: share of round trips that the
+        referee reads as the original's facts.
+    """
+    source = SceneSource(size, n, seed + 200_000, split)
+    referee = Referee()
+    errors, used, read = [], set(), 0
+    for first in range(0, n, 50):
+        indices = range(first, min(first + 50, n))
+        images = np.stack([source.image(i) for i in indices])
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+        encoding = vq_model.encode(pixels)
+        used.update(encoding.codes.unique().tolist())
+        counts = np.cumsum([h * w for h, w in encoding.grids])
+        row = []
+        for count in counts:
+            decoded = ((vq_model.decode(encoding.codes[:, :count], encoding.grids) + 1) * 127.5).round()
+            row.append(((decoded - torch.from_numpy(images).permute(0, 3, 1, 2)) ** 2).mean(dim=(1, 2, 3)))
+        errors.append(torch.stack(row, dim=1))
+        for picture, index in zip(decoded.byte().permute(0, 2, 3, 1).numpy(), indices):
+            reading, scene = referee.look(picture), source.scene(index)
+            key = [sorted((o.shape, o.color, o.size, o.center) for o in own.objects) for own in (reading, scene)]
+            read += reading.readable and key[0] == key[1] and reading.background == scene.background
+    psnr = 10 * torch.log10(255**2 / torch.cat(errors).mean(dim=0))
+    return {
+        "psnr": round(psnr[-1].item(), 2),
+        "psnr_per_scale": [round(value, 2) for value in psnr.tolist()],
+        "codebook_use": round(len(used) / vq_model.codebook.size, 4),
+        "readable": round(read / n, 4),
+        "pictures": n,
+    }
+
+
+def evaluate_scenes(
+    checkpoint: str, prompts_per_category: int = 100, images_per_prompt: int = 4, captions: int = 500, seed: int = 0, **sampling
+) -> dict:
+    """Everything that is measured of a checkpoint on scenes, with every setting that moves a score."""
+    model, processor = load(checkpoint)
+    size = _square(model)
+    result = {
+        "referee": calibrate(1000, size, seed),
+        "tokenizer": score_tokenizer(model.vq_model, size, seed=seed),
+        "drawing": score_drawing(model, processor, prompts_per_category, images_per_prompt, seed=seed, **sampling),
+    }
+    if model.config.abilities is None or "caption" in model.config.abilities:
+        result["captions"] = score_captions(model, processor, captions, seed=seed)
+    chosen = model._image_sampling(**{name: sampling.get(name) for name in ("guidance_scale", "temperature", "top_k", "top_p")})
+    result["settings"] = {
+        "checkpoint": checkpoint,
+        "weights_sha256": weights_hash(MINI if checkpoint == "mini" else checkpoint),
+        "split": "test",
+        "image_size": list(size),
+        "prompts_per_category": prompts_per_category,
+        "images_per_prompt": images_per_prompt,
+        "captions": captions,
+        "seed": seed,
+        "sampling": vars(chosen),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "nextflow_hf": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+    return result
+
+
+def table(result: dict) -> str:
+    """The scores of [`evaluate_scenes`] as a Markdown table."""
+    lines = ["| measure | score | 95 % interval |", "|---|---|---|"]
+    for name, own in result["drawing"].items():
+        lines.append(f"| drawing: {name} | {own['score']:.3f} | {own['low']:.3f} to {own['high']:.3f} |")
+    if "captions" in result:
+        own = result["captions"]
+        lines.append(f"| captions | {own['score']:.3f} | {own['low']:.3f} to {own['high']:.3f} |")
+    tokenizer = result["tokenizer"]
+    lines.append(f"| tokenizer PSNR | {tokenizer['psnr']:.2f} dB | |")
+    lines.append(f"| tokenizer codebook use | {tokenizer['codebook_use']:.1%} | |")
+    lines.append(f"| referee's own error | {result['referee']['error']:.2%} | |")
+    return "\n".join(lines)
+
+
+def weights_hash(folder: str) -> str | None:
+    """First digits of the SHA-256 of a local checkpoint's weights; `None` for what is not a folder here."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _square(model) -> tuple[int, int]:
+    trained = model.config.trained_image_sizes
+    return tuple(trained[0]) if trained else (min(model.config.schedule.resolutions),) * 2
+
+
+def _resample(scores: np.ndarray, rng: np.random.Generator, draws: int = 2000) -> np.ndarray:
+    """Bootstrap means over the last axis: `(rows, n)` -> `(rows, draws)`."""
+    picks = rng.integers(scores.shape[1], size=(draws, scores.shape[1]))
+    return scores[:, picks].mean(axis=-1)
+
+
+def _interval(score: float, resampled: np.ndarray) -> dict[str, float]:
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    return {"score": round(float(score), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
