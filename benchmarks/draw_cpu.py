@@ -33,13 +33,12 @@ from pathlib import Path
 
 import torch
 from common import RESULTS, record, table, write_json
+from nextflow_hf.modeling.configuration_nextflow import MINI_TEXT_VOCAB_SIZE, NextFlowConfig
+from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationMixin
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
-
-from nextflow_hf.modeling.configuration_nextflow import MINI_TEXT_VOCAB_SIZE, NextFlowConfig
-from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
 
 SIZE = 128
 PRODUCT_SIDE = 2048
@@ -76,7 +75,12 @@ class Drawing:
 
     def cached(self, **kwargs):
         return self.model.generate(
-            self.prompts, generation_mode="image", image_size=(self.size, self.size), guidance_scale=5.0, seed=0, **kwargs
+            self.prompts,
+            generation_mode="image",
+            image_size=(self.size, self.size),
+            guidance_scale=5.0,
+            seed=0,
+            **kwargs,
         )
 
     def uncached(self):
@@ -171,9 +175,7 @@ def measure(drawing: Drawing, rounds: int, slow_rounds: int) -> dict:
     product_rates = [2 * PRODUCT_SIDE**3 / spent for spent in times["product"]]
     flops_ratio = flops["uncached"] / flops["cached"]
     by_round = {
-        "uncached_wall_over_flops_ratio": [
-            u / c / flops_ratio for u, c in zip(times["uncached"], times["cached"])
-        ],
+        "uncached_wall_over_flops_ratio": [u / c / flops_ratio for u, c in zip(times["uncached"], times["cached"])],
         "one_by_one_over_cached": [o / c for o, c in zip(times["one_by_one"], times["cached"])],
         "share_of_product_rate": [
             flops["cached"] / spent / rate for spent, rate in zip(times["cached"], product_rates)

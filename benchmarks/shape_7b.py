@@ -25,12 +25,11 @@ from pathlib import Path
 
 import torch
 from common import RESULTS, record, table, write_json
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache
-
 from nextflow_hf.modeling.configuration_nextflow import NextFlowConfig
 from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from nextflow_hf.modeling.scale_schedule import ScaleSchedule
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
 
 PROMPT_LENGTH = 100
 # NextFlow appendix A.2 as printed: coefficients of h^2 and h per layer, and the ratio.
@@ -159,9 +158,7 @@ def main() -> None:
     with torch.device("meta"), torch.no_grad():
         model = NextFlowForConditionalGeneration._from_config(config, dtype=torch.bfloat16).eval()
         parameters = count_parameters(model)
-        drawings = [
-            draw_on_meta(model, size, rows, args.prompt_length) for size in args.sizes for rows in (1, 2)
-        ]
+        drawings = [draw_on_meta(model, size, rows, args.prompt_length) for size in args.sizes for rows in (1, 2)]
 
     coefficients = paper_coefficients(config.schedule, PROMPT_LENGTH)
     assert coefficients == {"drawing": PAPER_DRAWING, "mmdit": PAPER_MMDIT}, coefficients
@@ -187,16 +184,32 @@ def main() -> None:
 
     print(table(["part", "parameters"], [[name, f"{count:,}"] for name, count in parameters.items()]))
     print()
-    header = ["picture", "guidance", "passes", "decoder", "connector", "code scores", "pixel decoder", "TFLOP", "cache MiB"]
+    header = [
+        "picture",
+        "guidance",
+        "passes",
+        "decoder",
+        "connector",
+        "code scores",
+        "pixel decoder",
+        "TFLOP",
+        "cache MiB",
+    ]
     rows = []
     for drawing in drawings:
         flops = drawing["flops"]
-        parts = [f"{flops[part] / 1e12:.2f}" for part in ("decoder", "connector", "code scores", "pixel decoder", "total")]
+        parts = [
+            f"{flops[part] / 1e12:.2f}" for part in ("decoder", "connector", "code scores", "pixel decoder", "total")
+        ]
         side, guided = drawing["size"], "yes" if drawing["rows"] == 2 else "no"
         rows.append([f"{side} px", guided, drawing["passes"], *parts, f"{drawing['cache_bytes'] / 2**20:.0f}"])
     print(table(header, rows))
     print()
-    print(table(["MMDiT / NextFlow, by the formula of A.2", "ratio"], [[f"h = {w}", f"{r:.2f}"] for w, r in ratios.items()]))
+    print(
+        table(
+            ["MMDiT / NextFlow, by the formula of A.2", "ratio"], [[f"h = {w}", f"{r:.2f}"] for w, r in ratios.items()]
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -236,9 +236,7 @@ class NextScaleGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration: bool | None = False, **kwargs):
         """Images go in once; later text takes up the time at which they left it."""
         images = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_codes", "image_grids")}
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
-        )
+        model_inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
         if images["image_grids"] is None:
             return model_inputs
         if is_first_iteration or not kwargs.get("use_cache", True):
@@ -348,7 +346,17 @@ class NextScaleGenerationMixin(GenerationMixin):
         )
 
     def _draw(
-        self, prompts, image_codes, context_grids, grids, sampling, generators, use_cache, static_cache, callback, streamer
+        self,
+        prompts,
+        image_codes,
+        context_grids,
+        grids,
+        sampling,
+        generators,
+        use_cache,
+        static_cache,
+        callback,
+        streamer,
     ) -> tuple[list[torch.LongTensor], list[torch.Tensor]]:
         """The next-scale loop. Returns the codes and log-probabilities of each picture.
 
@@ -375,7 +383,9 @@ class NextScaleGenerationMixin(GenerationMixin):
         for scale in range(max(len(own) for own in grids)):
             # 2. From the second scale on: one pass over this scale's slots, fed with the scale before.
             if scale > 0:
-                block, block_positions_, block_mask = self._block(scales, grids, scale, num_scales, start_time, branches)
+                block, block_positions_, block_mask = self._block(
+                    scales, grids, scale, num_scales, start_time, branches
+                )
                 attention_mask = torch.cat([attention_mask, block_mask], dim=1)
                 block_ids = torch.cat([block_ids, torch.where(block_mask > 0, int(block_ids.max()) + 1, -1)], dim=1)
                 if use_cache:

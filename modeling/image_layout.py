@@ -2,8 +2,8 @@
 
 An image is `<boi>`, then for every scale k = 2..K a block of h_k * w_k slots, then `<eoi>`. The hidden state at
 `<boi>` predicts the 1x1 scale, those of a block predict its scale. A sequence may stop after any whole block (a
-*prefix*: an unfinished drawing, or training on coarse scales alone), and may add one more block with the finest scale's
-own grid (`context_image="scales+final"`): the number of placeholders tells which.
+*prefix*: an unfinished drawing, or training on coarse scales alone), and may add one more block with the finest
+scale's own grid (`context_image="scales+final"`): the number of placeholders tells which.
 
 Positions (NextFlow Eq 1): text at time t has (t, t, t); slot (i, j) of an h x w block k has
 (t_boi + k - 1, C / sqrt(h w) * (i + 1/2), C / sqrt(h w) * (j + 1/2)); `<eoi>` follows at t_boi + (number of blocks) + 1.
@@ -101,7 +101,7 @@ def find_images(
     starts = (input_ids == config.boi_token_id).nonzero().tolist()
     if len(starts) != len(image_grids):
         raise ValueError(
-            f"The sequences hold {len(starts)} begin-of-image tokens, but grids of {len(image_grids)} images were given."
+            f"The sequences hold {len(starts)} begin-of-image tokens, but there are grids of {len(image_grids)} images."
         )
     if bool((is_slot & ~follows_slot).sum() > len(starts)):
         raise ValueError("Some image placeholders stand outside an image: each run must follow a begin-of-image token.")

@@ -504,7 +504,9 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextScaleGenerat
             raise ValueError(f"Labels of {len(image_labels)} images were given for {len(spans)} images.")
         num_codes = max(span.num_codes for span in spans)
         if image_labels.shape[1] < num_codes:
-            raise ValueError(f"The slots predict {num_codes} codes an image, but there are {image_labels.shape[1]} labels.")
+            raise ValueError(
+                f"The slots predict {num_codes} codes an image, but there are {image_labels.shape[1]} labels."
+            )
         rows, columns, labels, weights, scales = [], [], [], [], []
         for index, span in enumerate(spans):
             columns.append(torch.arange(span.start, span.start + span.num_codes))

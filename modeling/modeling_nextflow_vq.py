@@ -275,9 +275,7 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
 
     # ---- encoding ----------------------------------------------------------------------------------------------------
 
-    def semantic_features(
-        self, pixel_values: torch.Tensor, encoder: Siglip2VisionModel | None = None
-    ) -> torch.Tensor:
+    def semantic_features(self, pixel_values: torch.Tensor, encoder: Siglip2VisionModel | None = None) -> torch.Tensor:
         """Hidden states of the semantic encoder, `(batch, h * w, hidden_size)`, for pixels `(batch, 3, H, W)`.
 
         `encoder` may be another of the same shape: a frozen teacher.

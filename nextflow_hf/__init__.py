@@ -12,7 +12,7 @@ _root = Path(__file__).resolve().parent.parent
 if (_root / "setup.cfg").is_file():
     __path__.append(str(_root))
 
-from .registration import register  # noqa: E402  (the path comes first)
+from .registration import register
 
 MINI = str(Path(__file__).resolve().parent / "checkpoints" / "nextflow-mini")
 """Folder of the bundled checkpoint, for every `from_pretrained`."""

@@ -48,7 +48,12 @@ def run_demo(folder: Path) -> None:
     write_whole(
         folder / "sharpening.gif",
         lambda file: frames[0].save(
-            file, format="GIF", save_all=True, append_images=frames[1:], duration=[500] * (len(frames) - 1) + [2000], loop=0
+            file,
+            format="GIF",
+            save_all=True,
+            append_images=frames[1:],
+            duration=[500] * (len(frames) - 1) + [2000],
+            loop=0,
         ),
     )
 

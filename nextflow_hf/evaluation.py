@@ -104,7 +104,12 @@ def score_captions(
     for first in tqdm(range(0, n, batch_size), desc="describe"):
         indices = range(first, min(first + batch_size, n))
         messages = [
-            [{"role": "user", "content": [{"type": "image", "image": source.image(i)}, {"type": "text", "text": QUESTION}]}]
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "image", "image": source.image(i)}, {"type": "text", "text": QUESTION}],
+                }
+            ]
             for i in indices
         ]
         inputs = processor.apply_chat_template(
@@ -118,7 +123,9 @@ def score_captions(
     return _interval(right.mean(), _resample(right[None, :], np.random.default_rng(0))[0])
 
 
-def score_tokenizer(vq_model, size: tuple[int, int] = (64, 64), n: int = 500, split: str = "test", seed: int = 0) -> dict:
+def score_tokenizer(
+    vq_model, size: tuple[int, int] = (64, 64), n: int = 500, split: str = "test", seed: int = 0
+) -> dict:
     """Reconstruction of held-out pictures at every prefix of the scales, and how much of the codebook is used.
 
     Returns:
@@ -156,7 +163,12 @@ def score_tokenizer(vq_model, size: tuple[int, int] = (64, 64), n: int = 500, sp
 
 
 def evaluate_scenes(
-    checkpoint: str, prompts_per_category: int = 100, images_per_prompt: int = 4, captions: int = 500, seed: int = 0, **sampling
+    checkpoint: str,
+    prompts_per_category: int = 100,
+    images_per_prompt: int = 4,
+    captions: int = 500,
+    seed: int = 0,
+    **sampling,
 ) -> dict:
     """Everything that is measured of a checkpoint on scenes, with every setting that moves a score."""
     model, processor = load(checkpoint)
@@ -168,7 +180,9 @@ def evaluate_scenes(
     }
     if model.config.abilities is None or "caption" in model.config.abilities:
         result["captions"] = score_captions(model, processor, captions, seed=seed)
-    chosen = model._image_sampling(**{name: sampling.get(name) for name in ("guidance_scale", "temperature", "top_k", "top_p")})
+    chosen = model._image_sampling(
+        **{name: sampling.get(name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
+    )
     result["settings"] = {
         "checkpoint": checkpoint,
         "weights_sha256": weights_hash(MINI if checkpoint == "mini" else checkpoint),

@@ -74,7 +74,9 @@ class TextToImagePipeline(Pipeline):
     def _sanitize_parameters(self, **kwargs):
         unknown = set(kwargs) - {*_DRAWING_ARGUMENTS, "generate_kwargs"}
         if unknown:
-            raise ValueError(f"A text-to-image pipeline does not know {sorted(unknown)}; it takes {_DRAWING_ARGUMENTS}.")
+            raise ValueError(
+                f"A text-to-image pipeline does not know {sorted(unknown)}; it takes {_DRAWING_ARGUMENTS}."
+            )
         return {}, {**kwargs.pop("generate_kwargs", {}), **kwargs}, {}
 
     def preprocess(self, prompt: str):

@@ -1,5 +1,7 @@
 """Tells transformers of our classes."""
 
+import contextlib
+
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -32,15 +34,13 @@ def register() -> None:
         auto_class.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
     AutoTokenizer.register(NextFlowConfig, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
     AutoProcessor.register(NextFlowConfig, NextFlowProcessor, exist_ok=True)
-    try:
+    # transformers before 5.23 has no AutoImageProcessor without torchvision; NextFlowProcessor needs none.
+    with contextlib.suppress(ImportError):
         AutoImageProcessor.register(
             NextFlowConfig,
             image_processor_classes={"torchvision": NextFlowImageProcessor, "pil": NextFlowImageProcessorPil},
             exist_ok=True,
         )
-    except ImportError:
-        # transformers before 5.23 has no AutoImageProcessor without torchvision; NextFlowProcessor needs none.
-        pass
     for task, pipeline_class in (("any-to-any", NextFlowAnyToAnyPipeline), ("text-to-image", TextToImagePipeline)):
         PIPELINE_REGISTRY.supported_tasks.pop(task, None)
         PIPELINE_REGISTRY.register_pipeline(

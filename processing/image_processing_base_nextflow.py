@@ -40,7 +40,8 @@ def buckets_from_schedule(schedule) -> dict[str, list]:
     """
     return {
         str(side): [
-            [list(grid) for grid in schedule.grids(final_grid, num_scales)] for final_grid in schedule.buckets(num_scales)
+            [list(grid) for grid in schedule.grids(final_grid, num_scales)]
+            for final_grid in schedule.buckets(num_scales)
         ]
         for side, num_scales in schedule.resolutions.items()
     }
@@ -168,12 +169,14 @@ def _from_array(image, input_data_format: str | ChannelDimension | None) -> Imag
         channels_first = (
             input_data_format == ChannelDimension.FIRST
             if input_data_format is not None
-            else image.shape[0] in (1, 3, 4) and image.shape[2] not in (3, 4)
+            else image.shape[0] in (1, 3, 4)  # where both ends could be channels, the first are, as in transformers
         )
         image = np.moveaxis(image, 0, -1) if channels_first else image
         image = image[..., 0] if image.shape[2] == 1 else image
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
-        raise ValueError(f"A picture has shape (h, w), (h, w, c) or (c, h, w) with 1, 3 or 4 channels, got {image.shape}.")
+        raise ValueError(
+            f"A picture has shape (h, w), (h, w, c) or (c, h, w) with 1, 3 or 4 channels, got {image.shape}."
+        )
     if 0 in image.shape:
         raise ValueError(f"A picture needs at least one pixel per side, got {image.shape[0]}x{image.shape[1]}.")
     if np.issubdtype(image.dtype, np.floating):

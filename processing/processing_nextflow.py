@@ -47,8 +47,8 @@ class NextFlowProcessor(ProcessorMixin):
     r"""
     Joins an image processor and a text tokenizer.
 
-    In text, a picture is `<|vision_start|><|image_pad|><|vision_end|>`; the placeholder is repeated for every slot of the
-    scales from the second on.
+    In text, a picture is `<|vision_start|><|image_pad|><|vision_end|>`; the placeholder is repeated for every slot of
+    the scales from the second on.
 
     Args:
         image_processor ([`NextFlowImageProcessor`] or [`NextFlowImageProcessorPil`]): The image processor.
@@ -101,7 +101,9 @@ class NextFlowProcessor(ProcessorMixin):
         processor_kwargs = {"padding": True, **(kwargs.pop("processor_kwargs", None) or {})}
         return super().apply_chat_template(conversation, chat_template, processor_kwargs=processor_kwargs, **kwargs)
 
-    def post_process_multimodal_output(self, generated_outputs, skip_special_tokens=True, generation_mode=None, **kwargs):
+    def post_process_multimodal_output(
+        self, generated_outputs, skip_special_tokens=True, generation_mode=None, **kwargs
+    ):
         """What `generate` returned, as text and pictures.
 
         Args:
@@ -131,9 +133,7 @@ class NextFlowProcessor(ProcessorMixin):
                 ]
                 for row in generated_outputs.segments
             ]
-        raise ValueError(
-            f'`generation_mode` must be "text", "image" or "interleaved", got {generation_mode!r}.'
-        )
+        raise ValueError(f'`generation_mode` must be "text", "image" or "interleaved", got {generation_mode!r}.')
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """Placeholders that pictures of these (height, width) take."""

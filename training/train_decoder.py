@@ -68,7 +68,9 @@ class SampleGridCallback(TrainerCallback):
         rows: Pictures per prompt.
     """
 
-    def __init__(self, builder: SequenceBuilder, prompts: list[str], image_size: tuple[int, int], every: int, rows: int = 4):
+    def __init__(
+        self, builder: SequenceBuilder, prompts: list[str], image_size: tuple[int, int], every: int, rows: int = 4
+    ):
         self.builder, self.prompts, self.image_size, self.every, self.rows = builder, prompts, image_size, every, rows
 
     def on_step_end(self, args, state, control, model=None, **kwargs):

@@ -1,4 +1,4 @@
-"""The tokenizer's stages (NextFlow section 3.1): its teacher, the pixel branch alone, both branches, the pixel decoder."""
+"""The tokenizer's stages (NextFlow section 3.1): teacher, pixel branch alone, both branches, pixel decoder alone."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def train_teacher(recipe: Recipe) -> None:
 
     `stage_args`: `text_layers`, `max_text_length`; `init_from`: `tokenizer`.
     """
-    # 1. A vision tower of the tokenizer's own shape (with the pooling head that contrast needs), and a small text tower.
+    # 1. A vision tower of the tokenizer's own shape, with the pooling head that contrast needs, and a text tower.
     vq_config = vq_config_of(recipe)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(recipe.init_from["tokenizer"])
     length = recipe.stage_args.get("max_text_length", 48)

@@ -36,11 +36,7 @@ class Group:
 
     def fits(self, own) -> bool:
         """Whether an object (with `shape`, `color`, `size`) is one of these."""
-        return (
-            own.shape == self.shape
-            and self.color in (None, own.color)
-            and self.size in (None, own.size)
-        )
+        return own.shape == self.shape and self.color in (None, own.color) and self.size in (None, own.size)
 
 
 @dataclass(frozen=True)
@@ -156,7 +152,10 @@ def parse(text: str) -> Facts | None:
 
 def _group(match: re.Match, index: int) -> Group:
     return Group(
-        _NUMBER_OF[match[f"number{index}"]], _SHAPE_OF[match[f"shape{index}"]], match[f"color{index}"], match[f"size{index}"]
+        _NUMBER_OF[match[f"number{index}"]],
+        _SHAPE_OF[match[f"shape{index}"]],
+        match[f"color{index}"],
+        match[f"size{index}"],
     )
 
 

@@ -19,7 +19,9 @@ class SceneSource:
         split: Which combinations may appear.
     """
 
-    def __init__(self, size: tuple[int, int] = (64, 64), num_pictures: int = 100_000, seed: int = 0, split: str = "train"):
+    def __init__(
+        self, size: tuple[int, int] = (64, 64), num_pictures: int = 100_000, seed: int = 0, split: str = "train"
+    ):
         self.size = tuple(size)
         self.num_pictures = num_pictures
         self.seed = seed

@@ -193,7 +193,20 @@ def _outline(shape: str) -> list[tuple[float, float]]:
         return [(0.0, -0.5), (0.5, 0.0), (0.0, 0.5), (-0.5, 0.0)]
     if shape == "cross":
         a, b = 0.17, 0.5
-        return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+        return [
+            (-a, -b),
+            (a, -b),
+            (a, -a),
+            (b, -a),
+            (b, a),
+            (a, a),
+            (a, b),
+            (-a, b),
+            (-a, a),
+            (-b, a),
+            (-b, -a),
+            (-a, -a),
+        ]
     if shape == "star":
         outer, inner = _ring(5, 0.54), _ring(5, 0.22, turn=0.5)
         return [point for pair in zip(outer, inner) for point in pair]

@@ -2,7 +2,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import small_config, small_model
-
 from nextflow_hf.modeling import modeling_nextflow
 from nextflow_hf.modeling.configuration_nextflow import NextFlowConfig, NextFlowVQConfig
 from nextflow_hf.modeling.image_layout import layout_sequences
@@ -73,9 +72,7 @@ def test_slots_see_their_scale_both_ways_and_nothing_later(model):
 
 
 def test_a_slot_sees_later_slots_of_its_own_scale(model):
-    layout = layout_sequences(
-        torch.tensor([image_tokens(model.config, SQUARE)]), None, [SQUARE], model.config
-    )
+    layout = layout_sequences(torch.tensor([image_tokens(model.config, SQUARE)]), None, [SQUARE], model.config)
     embeds = torch.randn(1, layout.block_ids.shape[1], 32)
     kwargs = {"position_ids": layout.position_ids, "block_sequence_ids": layout.block_ids}
     before = model.model(inputs_embeds=embeds, **kwargs).last_hidden_state
@@ -146,7 +143,8 @@ def test_residual_input_is_the_previous_scale_alone(model):
     other = [torch.randint(32, (1, 1, 1)), torch.randint(32, (1, 2, 2)), codes[2]]
     assert torch.equal(residual, model.vq_model.scale_inputs(other, SQUARE))
     assert not torch.equal(
-        model.vq_model.scale_inputs(codes, SQUARE, "accumulated"), model.vq_model.scale_inputs(other, SQUARE, "accumulated")
+        model.vq_model.scale_inputs(codes, SQUARE, "accumulated"),
+        model.vq_model.scale_inputs(other, SQUARE, "accumulated"),
     )
 
 
@@ -160,7 +158,8 @@ def test_the_final_block_shows_the_finest_codes_to_what_follows():
         other = codes.clone()
         other[0, -16:] = (other[0, -16:] + 1) % 32
         last = [
-            model(input_ids=ids, image_codes=c, image_grids=torch.tensor([SQUARE])).logits[0, -1] for c in (codes, other)
+            model(input_ids=ids, image_codes=c, image_grids=torch.tensor([SQUARE])).logits[0, -1]
+            for c in (codes, other)
         ]
         assert torch.equal(*last) != sees
 
@@ -202,7 +201,26 @@ def test_the_papers_weights_at_the_1024_level():
     holder = type("Holder", (), {"config": config})()
     weights, scales = NextFlowForConditionalGeneration._scale_weights(holder, grids)
     firsts = [weights[(scales == k).nonzero()[0, 0]].item() for k in range(18)]
-    expected = [344, 98.8, 47.6, 28.4, 19.0, 13.7, 10.4, 8.15, 5.45, 3.93, 2.98, 2.34, 1.57, 1.13, 0.86, 0.67, 0.32, 0.19]
+    expected = [
+        344,
+        98.8,
+        47.6,
+        28.4,
+        19.0,
+        13.7,
+        10.4,
+        8.15,
+        5.45,
+        3.93,
+        2.98,
+        2.34,
+        1.57,
+        1.13,
+        0.86,
+        0.67,
+        0.32,
+        0.19,
+    ]
     for own, printed in zip(firsts, expected):
         assert own == pytest.approx(printed, rel=0.02)
     assert weights.mean().item() == pytest.approx(1.0, abs=1e-4)
@@ -215,7 +233,11 @@ def test_chunked_loss_and_gradient_equal_the_plain_ones(monkeypatch):
         model = small_model()
         monkeypatch.setattr(modeling_nextflow, "LOSS_CHUNK_ROWS", rows)
         batch = batch_of_images(model.config)
-        output = model(**batch, labels=batch["input_ids"], image_labels=batch["image_codes"].masked_fill(batch["image_codes"] < 0, -100))
+        output = model(
+            **batch,
+            labels=batch["input_ids"],
+            image_labels=batch["image_codes"].masked_fill(batch["image_codes"] < 0, -100),
+        )
         output.loss.backward()
         results.append((output.loss, model.lm_head.weight.grad, model.model.connector.linear_1.weight.grad))
     for plain, chunked in zip(*results):
@@ -230,7 +252,10 @@ def test_prefix_training_equals_the_whole_pictures_coarse_scales(model):
     prefix = model.model(input_ids=ids, image_codes=batch["image_codes"], image_grids=batch["image_grids"])
     torch.testing.assert_close(prefix.last_hidden_state, whole, atol=1e-5, rtol=1e-5)
     loss = model(
-        input_ids=ids, image_codes=batch["image_codes"], image_grids=batch["image_grids"], image_labels=batch["image_codes"]
+        input_ids=ids,
+        image_codes=batch["image_codes"],
+        image_grids=batch["image_grids"],
+        image_labels=batch["image_codes"],
     )
     assert loss.image_loss_per_scale[:3].isfinite().all() and loss.image_loss_per_scale[3].isnan()
 
@@ -296,7 +321,10 @@ def test_flash_attention_is_refused_where_it_would_turn_causal(model):
         (lambda b: b.update(image_grids=b["image_grids"][:1], image_codes=b["image_codes"][:1]), "2 begin-of-image"),
         (lambda b: b.update(image_codes=b["image_codes"] + 32), "Codes must lie in"),
         (lambda b: b.update(image_grids=b["image_grids"].flip(0)), "end within a scale|no schedule"),
-        (lambda b: b["image_grids"].__setitem__((0, 2), torch.tensor([3, 2])), "image 0: These grids match no schedule"),
+        (
+            lambda b: b["image_grids"].__setitem__((0, 2), torch.tensor([3, 2])),
+            "image 0: These grids match no schedule",
+        ),
         (lambda b: b["input_ids"].__setitem__((0, 5), 9), "outside an image|end within a scale"),
         (lambda b: [b.pop(k) for k in ("image_codes", "image_grids")], "neither `pixel_values` nor `image_codes`"),
         (lambda b: b.pop("input_ids"), "Give `input_ids`"),

@@ -4,9 +4,8 @@ import threading
 import pytest
 import torch
 from conftest import small_model
-from transformers import GenerationConfig
-
 from nextflow_hf.modeling.generation_nextflow import ImageSampling, ScaleStreamer, ramp, sample_codes
+from transformers import GenerationConfig
 
 PROMPTS = {
     "input_ids": torch.tensor([[0, 0, 0, 7], [8, 9, 10, 11], [0, 12, 13, 14], [0, 0, 15, 16]]),
@@ -70,7 +69,9 @@ def test_recorded_log_probabilities_equal_a_teacher_forced_pass(exact_model, gui
 
 def test_greedy_drawing_equals_teacher_forced_argmax():
     model = small_model(visual_input="accumulated")
-    drawn = model.generate(torch.tensor([[7, 8]]), generation_mode="image", image_size=(32, 32), guidance_scale=0, top_k=1)
+    drawn = model.generate(
+        torch.tensor([[7, 8]]), generation_mode="image", image_size=(32, 32), guidance_scale=0, top_k=1
+    )
     ids = torch.tensor([[7, 8, 3, *[5] * 29]])
     logits = model(input_ids=ids, image_codes=drawn.codes[0][None], image_grids=torch.tensor([drawn.grids[0]])).logits
     assert torch.equal(logits[0, 2:, 64:].argmax(-1), drawn.codes[0])
@@ -170,7 +171,9 @@ def test_callback_and_streamer_get_every_scale():
     model = small_model()
     steps = []
     streamer = ScaleStreamer(timeout=30)
-    thread = threading.Thread(target=draw, args=(model,), kwargs={"streamer": streamer, "callback_on_scale_end": steps.append})
+    thread = threading.Thread(
+        target=draw, args=(model,), kwargs={"streamer": streamer, "callback_on_scale_end": steps.append}
+    )
     thread.start()
     streamed = list(streamer)
     thread.join()

@@ -2,7 +2,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import small_config
-
 from nextflow_hf.modeling import modeling_nextflow_vq
 from nextflow_hf.modeling.modeling_nextflow_vq import NextFlowVQModel
 
@@ -144,7 +143,13 @@ def test_training_moves_every_part_and_lowers_the_loss(vq_model, pixels):
         losses.append(output.loss.item())
         optimizer.step()
     assert losses[-1] < 0.8 * losses[0]
-    for name in ("semantic_proj.0", "pixel_encoder.conv_in", "pixel_decoder.conv_in", "codebook.semantic", "codebook.pixel"):
+    for name in (
+        "semantic_proj.0",
+        "pixel_encoder.conv_in",
+        "pixel_decoder.conv_in",
+        "codebook.semantic",
+        "codebook.pixel",
+    ):
         assert vq_model.get_submodule(name).weight.grad.abs().sum() > 0, name
 
 

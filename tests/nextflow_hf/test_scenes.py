@@ -83,7 +83,10 @@ def test_descriptions_are_complete(scenes):
         ("a star", Facts((Group(1, "star"),))),
         ("draw three red crosses", Facts((Group(3, "cross", "red"),))),
         ("2 stars on a black background", Facts((Group(2, "star"),), None, "black")),
-        ("a red circle to the left of a blue square", Facts((Group(1, "circle", "red"), Group(1, "square", "blue")), "left of")),
+        (
+            "a red circle to the left of a blue square",
+            Facts((Group(1, "circle", "red"), Group(1, "square", "blue")), "left of"),
+        ),
         ("a cross under a star.", Facts((Group(1, "cross"), Group(1, "star")), "below")),
     ],
 )
@@ -91,7 +94,9 @@ def test_parse(text, facts):
     assert parse(text) == facts
 
 
-@pytest.mark.parametrize("text", ["", "a dog", "red", "a red", "two red circle square", "a circle left of two stars", "seven stars"])
+@pytest.mark.parametrize(
+    "text", ["", "a dog", "red", "a red", "two red circle square", "a circle left of two stars", "seven stars"]
+)
 def test_parse_refuses_what_is_no_caption(text):
     assert parse(text) is None
 
