@@ -32,7 +32,9 @@ class EmaCallback(TrainerCallback):
         self.average = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         saved = Path(self.resume_from or "") / _EMA_FILE
         if self.resume_from and saved.is_file():
-            self.average = load_file(saved)
+            # By name: a file does not keep the order in which the weights are averaged.
+            average = load_file(saved)
+            self.average = {name: average[name] for name in self.average}
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, model=None, **kwargs):

@@ -166,7 +166,9 @@ def test_remote_code_draws_the_same_without_the_package(checkpoint, tmp_path):
 
 
 def test_importing_the_package_adds_little_to_torch_and_transformers():
-    script = "import sys, nextflow_hf; print('diffusers' in sys.modules, 'datasets' in sys.modules, 'trl' in sys.modules)"
+    script = (
+        "import sys, nextflow_hf; print('diffusers' in sys.modules, 'datasets' in sys.modules, 'trl' in sys.modules)"
+    )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["False", "False", "False"]
 
@@ -179,7 +181,9 @@ def test_modules_that_travel_with_a_checkpoint_import_only_their_siblings():
     for room in ("modeling", "processing"):
         for path in (root / room).glob("*.py"):
             for line in path.read_text().splitlines():
-                assert not line.strip().startswith(("from ..", "from . import", "from nextflow_hf", "import nextflow_hf"))
+                assert not line.strip().startswith(
+                    ("from ..", "from . import", "from nextflow_hf", "import nextflow_hf")
+                )
 
 
 def test_lora_trains_saves_and_draws(checkpoint, tmp_path):

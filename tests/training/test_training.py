@@ -1,0 +1,308 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_config, small_model
+from safetensors.torch import load_file
+
+import nextflow_hf
+from nextflow_hf.modeling.modeling_nextflow_vq import NextFlowVQModel
+from nextflow_hf.processing.image_processing_base_nextflow import buckets_from_schedule
+from nextflow_hf.processing.tokenization_nextflow import train_tokenizer
+from nextflow_hf.training.code_extraction import extract_codes
+from nextflow_hf.training.data import load_source, to_pixels
+from nextflow_hf.training.recipe import RECIPES, Recipe, load_recipe
+from nextflow_hf.training.sequences import SequenceBuilder
+from nextflow_hf.training.stage_trainer import check_writable, run_stage, save_whole
+from nextflow_hf.training.stages import STAGES, run_recipe
+from nextflow_hf.training.train_decoder import DrawAndReadDataset
+
+SQUARE = ((1, 1), (2, 2), (3, 3), (4, 4))
+
+
+class Dots:
+    """Eight pictures of one bright spot, with words."""
+
+    def __init__(self, size=32, pictures=8):
+        self.size, self.pictures = size, pictures
+
+    def __len__(self):
+        return self.pictures
+
+    def image(self, index):
+        picture = np.zeros((self.size, self.size, 3), np.uint8)
+        picture[4 * (index % 8) : 4 * (index % 8) + 4, 4:12] = 255
+        return picture
+
+    def prompt(self, index, rng):
+        return f"dot {index}" if rng.random() < 0.5 else f"draw dot {index}"
+
+    def question(self, index, rng):
+        return "which", f"dot {index}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["user\ndraw dot 1 which", "assistant\ndot 2"] * 50, 290)
+
+
+@pytest.fixture(scope="module")
+def builder(tokenizer):
+    text = small_config().text_config.to_dict()
+    text = {
+        **text,
+        "vocab_size": 322,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    }
+    return SequenceBuilder(tokenizer, small_config(text_config=text, code_start_id=290))
+
+
+def codes_of(n=30):
+    return list(range(n))
+
+
+# ---- sequences -------------------------------------------------------------------------------------------------------
+
+
+def processor_of(builder):
+    image_processor = nextflow_hf.NextFlowImageProcessorPil(
+        buckets=buckets_from_schedule(builder.config.schedule), resolution=32, downsample=8
+    )
+    return nextflow_hf.NextFlowProcessor(image_processor, builder.tokenizer)
+
+
+def test_training_and_inference_see_the_same_tokens(builder):
+    """The text around a picture is the chat template's, token for token."""
+    processor = processor_of(builder)
+    picture = {"type": "image", "image": Dots().image(0)}
+    drawing = [
+        {"role": "user", "content": [{"type": "text", "text": "draw dot 1"}]},
+        {"role": "assistant", "content": [picture]},
+    ]
+    reading = [
+        {"role": "user", "content": [picture, {"type": "text", "text": "which"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "dot 1"}]},
+    ]
+    for own, messages in (
+        (builder.draw("draw dot 1", codes_of(), SQUARE), drawing),
+        (builder.read("which", "dot 1", codes_of(), SQUARE), reading),
+    ):
+        expected = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+        # The template ends a turn with a line end, which no prediction needs.
+        assert own["input_ids"] == expected["input_ids"][0, :-1].tolist()
+
+
+def test_loss_is_on_the_response_alone(builder):
+    drawing = builder.draw("draw dot 1", codes_of(), SQUARE)
+    labelled = [token for token in drawing["labels"] if token != -100]
+    assert labelled == [builder.config.boi_token_id, builder.end_of_turn]
+    assert drawing["image_labels"] == codes_of()
+    reading = builder.read("which", "dot 1", codes_of(), SQUARE)
+    labelled = [token for token in reading["labels"] if token != -100]
+    assert builder.tokenizer.decode(labelled) == "dot 1<|im_end|>" and reading["image_labels"] == []
+
+
+def test_without_a_prompt_only_the_picture_is_left(builder):
+    """What guidance's other branch sees in `generate`."""
+    sequence = builder.draw(None, codes_of(), SQUARE)
+    assert sequence["input_ids"][:2] == [builder.config.boi_token_id, builder.config.image_token_id]
+    assert sequence["labels"][0] == -100
+
+
+def test_a_prefix_stops_after_its_last_slot(builder):
+    prefix = SequenceBuilder(builder.tokenizer, builder.config, prefix_scales=3).draw(None, codes_of(), SQUARE)
+    assert len(prefix["input_ids"]) == 1 + 4 + 9 and len(prefix["image_labels"]) == 1 + 4 + 9
+    assert prefix["grids"] == SQUARE  # the picture's length is still told
+
+
+def test_collated_loss_equals_the_mean_of_the_items(builder):
+    torch.manual_seed(0)
+    model = nextflow_hf.NextFlowForConditionalGeneration(builder.config).eval()
+    items = [builder.draw("draw dot 1", codes_of(), SQUARE), builder.draw("dot 2", codes_of()[::-1], SQUARE)]
+    together = model(**builder.collate(items))
+    alone = [model(**builder.collate([item])) for item in items]
+    torch.testing.assert_close(together.image_loss, sum(own.image_loss for own in alone) / 2)
+    mixed = model(**builder.collate([items[0], builder.read("which", "dot 1", codes_of(), SQUARE)]))
+    torch.testing.assert_close(mixed.image_loss, alone[0].image_loss)
+
+
+def test_items_do_not_depend_on_when_they_are_read(builder):
+    codes = np.arange(8 * 30).reshape(8, 30) % 32
+    dataset = DrawAndReadDataset(Dots(), codes, SQUARE, builder, read_share=0.4, prompt_dropout=0.3, epochs=4)
+    assert len(dataset) == 32
+    first = [dataset[index] for index in range(32)]
+    assert [dataset[index] for index in reversed(range(32))][::-1] == first
+    kinds = ["read" if not own["image_labels"] else "bare" if own["input_ids"][0] == 3 else "draw" for own in first]
+    assert {"read", "bare", "draw"} == set(kinds)
+
+
+# ---- codes -----------------------------------------------------------------------------------------------------------
+
+
+def test_extracted_codes_are_the_tokenizers_and_are_reused(tmp_path):
+    vq_model = small_model().vq_model
+    path = tmp_path / "codes.safetensors"
+    codes, grids = extract_codes(Dots(), vq_model, path, batch_size=3)
+    expected = vq_model.encode(torch.from_numpy(to_pixels(np.stack([Dots().image(i) for i in range(8)]))))
+    assert np.array_equal(codes, expected.codes.numpy()) and grids == expected.grids
+    before = path.stat().st_mtime_ns
+    again, _ = extract_codes(Dots(), vq_model, path)
+    assert np.array_equal(again, codes) and path.stat().st_mtime_ns == before
+
+
+def test_codes_of_another_tokenizer_or_source_are_refused(tmp_path):
+    path = tmp_path / "codes.safetensors"
+    extract_codes(Dots(), small_model().vq_model, path)
+    with pytest.raises(ValueError, match="Remove it"):
+        extract_codes(Dots(), small_model(seed=4).vq_model, path)
+    with pytest.raises(ValueError, match="Remove it"):
+        extract_codes(Dots(pictures=9), small_model().vq_model, path)
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+class Interrupt(Exception):
+    pass
+
+
+def train_small(folder, max_steps=6, stop_at=None):
+    """A few steps of the tokenizer; `stop_at` kills the run during that step."""
+    torch.manual_seed(0)
+    model = NextFlowVQModel(small_config().vq_config)
+    recipe = Recipe(
+        stage="vq",
+        output_dir=str(folder),
+        trainer={
+            "max_steps": max_steps,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-3,
+            "save_steps": 2,
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "use_cpu": True,
+        },
+    )
+    calls = []
+
+    def loss(model, batch):
+        calls.append(1)
+        if stop_at is not None and len(calls) == stop_at:
+            raise Interrupt
+        return model(batch["pixels"], generator=torch.Generator().manual_seed(0))
+
+    pictures = [{"pixels": torch.from_numpy(to_pixels(Dots().image(i)))} for i in range(8)]
+    collate = lambda items: {"pixels": torch.stack([item["pixels"] for item in items])}  # noqa: E731
+    return run_stage(recipe, model, pictures, collate, loss)
+
+
+def test_a_killed_run_ends_with_the_same_weights(tmp_path):
+    whole = train_small(tmp_path / "whole")
+    with pytest.raises(Interrupt):
+        train_small(tmp_path / "killed", stop_at=4)
+    resumed = train_small(tmp_path / "killed")
+    for (name, one), (_, other) in zip(whole.state_dict().items(), resumed.state_dict().items(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_the_log_has_every_loss(tmp_path):
+    train_small(tmp_path, max_steps=2)
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert {"pixel_loss", "semantic_loss", "codebook_loss", "commitment_loss"} <= log[0].keys()
+
+
+def test_the_average_is_saved_with_every_checkpoint(tmp_path):
+    train_small(tmp_path, max_steps=2)
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    average, weights = load_file(checkpoint / "ema.safetensors"), load_file(checkpoint / "model.safetensors")
+    name = "pixel_decoder.conv_in.weight"
+    assert average[name].shape == weights[name].shape and not torch.equal(average[name], weights[name])
+
+
+def test_a_folder_is_whole_or_absent(tmp_path):
+    target = tmp_path / "final"
+
+    def fail(folder):
+        (folder / "half").write_text("half")
+        raise Interrupt
+
+    with pytest.raises(Interrupt):
+        save_whole(target, fail)
+    assert not target.exists()
+    save_whole(target, lambda folder: (folder / "file").write_text("one"))
+    with pytest.raises(Interrupt):
+        save_whole(target, fail)
+    assert (target / "file").read_text() == "one"
+    save_whole(target, lambda folder: (folder / "file").write_text("two"))
+    assert (target / "file").read_text() == "two" and {path.name for path in tmp_path.iterdir()} == {"final"}
+
+
+def test_an_unwritable_folder_is_an_error_before_the_first_step(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="Cannot write"):
+        check_writable(tmp_path / "file" / "run")
+
+
+def test_the_recipes_run_one_after_another(tmp_path, monkeypatch):
+    """All stages on a tiny shape: every file that a stage reads, the stage before has written."""
+    monkeypatch.chdir(tmp_path)
+    quick = [
+        "trainer.max_steps=2",
+        "trainer.save_steps=2",
+        "trainer.disable_tqdm=true",
+        "trainer.dataloader_num_workers=0",
+    ]
+    small = ["trainer.per_device_train_batch_size=4", "trainer.use_cpu=true", "source.num_pictures=300"]
+    for name in (
+        "mini-tokenizer",
+        "mini-teacher",
+        "mini-vq-pixel",
+        "mini-vq-joint",
+        "mini-decoder-coarse",
+        "mini-vq-decoder",
+        "mini-decoder",
+    ):
+        recipe = load_recipe(
+            name,
+            ["stage_args.texts=400", "stage_args.sample_every=2"] if name == "mini-tokenizer" else [*quick, *small],
+        )
+        run_recipe(recipe)
+    final = Path("runs/mini/decoder/final")
+    model = nextflow_hf.NextFlowForConditionalGeneration.from_pretrained(final)
+    assert model.config.abilities == ["image", "caption"] and model.config.trained_image_sizes == [[64, 64]]
+    assert model.generation_config.image_top_k == load_recipe("mini-decoder").stage_args["sampling"]["top_k"]
+    shutil.rmtree("runs")
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_bundled_recipes_are_complete(name):
+    recipe = load_recipe(name)
+    assert recipe.stage in STAGES
+    assert len(load_source({**recipe.source, "num_pictures": 3})) == 3
+
+
+def test_overrides():
+    recipe = load_recipe("mini-decoder", ["trainer.max_steps=7", "stage_args.abilities=[image]", "seed_folder=1"][:2])
+    assert recipe.trainer["max_steps"] == 7 and recipe.stage_args["abilities"] == ["image"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: load_recipe("no-such-recipe"), "no recipe"),
+        (lambda: load_recipe("mini-decoder", ["trainer.max_steps"]), "key=value"),
+        (lambda: load_recipe("mini-decoder", ["speed=3"]), "unknown entries"),
+        (lambda: load_source({"size": [64, 64]}), "module:name"),
+        (lambda: load_source({"class": "nextflow_hf.scenes:NoSuchSource"}), "cannot be imported"),
+        (lambda: run_recipe(Recipe(stage="dream", output_dir="x")), "stage is one of"),
+    ],
+)
+def test_refuses_recipes_that_cannot_run(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
