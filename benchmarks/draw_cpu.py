@@ -34,12 +34,13 @@ from pathlib import Path
 
 import torch
 from common import RESULTS, record, table, write_json
-from nextflow_hf.modeling.configuration_nextflow import MINI_TEXT_VOCAB_SIZE, NextFlowConfig
-from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationMixin
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
+
+from nextflow_hf.modeling.configuration_nextflow import MINI_TEXT_VOCAB_SIZE, NextFlowConfig
+from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
 
 SIZE = 128
 PRODUCT_SIDE = 2048

@@ -25,11 +25,12 @@ from pathlib import Path
 
 import torch
 from common import RESULTS, record, table, write_json
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+
 from nextflow_hf.modeling.configuration_nextflow import NextFlowConfig
 from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from nextflow_hf.modeling.scale_schedule import ScaleSchedule
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache
 
 PROMPT_LENGTH = 100
 # NextFlow appendix A.2 as printed: coefficients of h^2 and h per layer, and the ratio.

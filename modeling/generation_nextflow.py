@@ -265,10 +265,10 @@ class NextScaleGenerationMixin(GenerationMixin):
             ("interleaved", True): "interleaved",
         }[mode, has_images]
         if needed not in abilities:
+            with_images = " with images in the prompt" if has_images else ""
             raise ValueError(
-                f"This checkpoint was not trained for {needed!r} (generation_mode={mode!r}"
-                f"{' with images in the prompt' if has_images else ''}); it can {sorted(abilities)}. Fine-tune it, then "
-                "list the ability in `config.abilities`."
+                f"This checkpoint was not trained for {needed!r} (generation_mode={mode!r}{with_images}); it can "
+                f"{sorted(abilities)}. Fine-tune it, then list the ability in `config.abilities`."
             )
 
     def _check_image_size(self, size: tuple[int, int]) -> None:

@@ -6,7 +6,7 @@ An image is `<boi>`, then for every scale k = 2..K a block of h_k * w_k slots, t
 scale's own grid (`context_image="scales+final"`): the number of placeholders tells which.
 
 Positions (NextFlow Eq 1): text at time t has (t, t, t); slot (i, j) of an h x w block k has
-(t_boi + k - 1, C / sqrt(h w) * (i + 1/2), C / sqrt(h w) * (j + 1/2)); `<eoi>` follows at t_boi + (number of blocks) + 1.
+(t_boi + k - 1, C / sqrt(h w) * (i + 1/2), C / sqrt(h w) * (j + 1/2)); `<eoi>` follows at t_boi + number of blocks + 1.
 """
 
 import math

@@ -240,10 +240,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
             scale: Index of the scale, from 0.
             num_scales: `(batch,)` number of scales of each picture.
         """
-        batch, slots, _ = features.shape
-        scales = torch.full((batch * slots,), scale, device=features.device)
-        embeddings = self.scale_embedding(scales, num_scales.repeat_interleave(slots))
-        return self.connector(features) + embeddings.view(batch, slots, -1)
+        embeddings = self.scale_embedding(torch.full_like(num_scales, scale), num_scales)
+        return self.connector(features) + embeddings[:, None]
 
     def _slot_features(self, codes: torch.LongTensor, grids: tuple[Grid, ...], num_blocks: int) -> torch.Tensor:
         """Code features at all slots of images of one shape: `(images, slots, code_dim)`."""

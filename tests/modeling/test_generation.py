@@ -4,8 +4,9 @@ import threading
 import pytest
 import torch
 from conftest import small_model
-from nextflow_hf.modeling.generation_nextflow import ImageSampling, ScaleStreamer, ramp, sample_codes
 from transformers import GenerationConfig
+
+from nextflow_hf.modeling.generation_nextflow import ImageSampling, ScaleStreamer, ramp, sample_codes
 
 PROMPTS = {
     "input_ids": torch.tensor([[0, 0, 0, 7], [8, 9, 10, 11], [0, 12, 13, 14], [0, 0, 15, 16]]),

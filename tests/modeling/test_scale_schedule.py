@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from nextflow_hf.modeling.scale_schedule import MINI_FINAL_GRIDS, MINI_LEVELS, MINI_SIDES, ScaleSchedule
 
 ROWS = json.loads((Path(__file__).parent / "nextflow_scale_schedules.json").read_text())

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import small_config
-from nextflow_hf.modeling.generation_nextflow import NextFlowInterleavedOutput
-from nextflow_hf.processing.image_processing_base_nextflow import buckets_from_schedule, to_rgb
-from nextflow_hf.processing.tokenization_nextflow import SPECIAL_TOKENS, train_tokenizer
 from PIL import Image
 
 import nextflow_hf
+from nextflow_hf.modeling.generation_nextflow import NextFlowInterleavedOutput
+from nextflow_hf.processing.image_processing_base_nextflow import buckets_from_schedule, to_rgb
+from nextflow_hf.processing.tokenization_nextflow import SPECIAL_TOKENS, train_tokenizer
 
 SCHEDULE = small_config().schedule
 
