@@ -16,6 +16,13 @@ from .scale_schedule import (
     ScaleSchedule,
 )
 
+# Saving adds the class that is saved; these make the other Auto classes work as well.
+_AUTO_MAP = {
+    "AutoModel": "modeling_nextflow.NextFlowModel",
+    "AutoModelForCausalLM": "modeling_nextflow.NextFlowForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_nextflow.NextFlowForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_nextflow.NextFlowForConditionalGeneration",
+}
 ABILITIES = ("text", "image", "caption", "edit", "interleaved")
 
 
@@ -165,7 +172,8 @@ class NextFlowConfig(PreTrainedConfig):
             `None` means not recorded.
         codebook_fingerprint (`str`, *optional*):
             Hash of the codebook that the decoder was trained with; another tokenizer is refused.
-        auto_map (`dict`, *optional*): Remote code of a checkpoint that carries its own.
+        auto_map (`dict`, *optional*):
+            Which class of the checkpoint's own code serves which Auto class where this package is not installed.
     """
 
     model_type = "nextflow"
@@ -186,7 +194,7 @@ class NextFlowConfig(PreTrainedConfig):
     abilities: list[str] | None = None
     trained_image_sizes: list[list[int]] | None = None
     codebook_fingerprint: str | None = None
-    auto_map: dict = field(default_factory=dict)
+    auto_map: dict = field(default_factory=lambda: dict(_AUTO_MAP))
 
     def __post_init__(self, **kwargs):
         if self.vq_config is None:

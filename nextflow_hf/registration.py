@@ -41,6 +41,17 @@ def register() -> None:
             image_processor_classes={"torchvision": NextFlowImageProcessor, "pil": NextFlowImageProcessorPil},
             exist_ok=True,
         )
+    # A saved checkpoint carries its code, and loads with `trust_remote_code=True` where this package is not installed.
+    for config in (NextFlowConfig, NextFlowVQConfig):
+        config.register_for_auto_class()
+    for model, auto_class_name in (
+        (NextFlowForConditionalGeneration, "AutoModelForMultimodalLM"),
+        (NextFlowModel, "AutoModel"),
+        (NextFlowVQModel, "AutoModel"),
+    ):
+        model.register_for_auto_class(auto_class_name)
+    for processor in (NextFlowProcessor, NextFlowImageProcessor, NextFlowImageProcessorPil):
+        processor.register_for_auto_class()
     for task, pipeline_class in (("any-to-any", NextFlowAnyToAnyPipeline), ("text-to-image", TextToImagePipeline)):
         PIPELINE_REGISTRY.supported_tasks.pop(task, None)
         PIPELINE_REGISTRY.register_pipeline(

@@ -25,7 +25,6 @@ from transformers import (
 import nextflow_hf
 from nextflow_hf.processing.image_processing_base_nextflow import buckets_from_schedule
 from nextflow_hf.processing.tokenization_nextflow import train_tokenizer
-from nextflow_hf.remote_code import add_remote_code
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +123,6 @@ def test_remote_code_draws_the_same_without_the_package(checkpoint, tmp_path):
     processor = AutoProcessor.from_pretrained(checkpoint)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    add_remote_code(folder)
     expected = draw(model, processor)
     script = textwrap.dedent(
         f"""
