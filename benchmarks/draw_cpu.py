@@ -8,9 +8,9 @@ one after the other, so that whatever else the machine does falls on all of them
 * **cached**: `generate(generation_mode="image")`, pixel decoding included;
 * **uncached**: the same with `use_cache=False`, which runs the whole sequence again for every scale;
 * **one by one** (in the first `--slow-rounds` rounds): as many codes as the picture has, drawn one token per step by
-  plain transformers `generate(guidance_scale=...)` from the same decoder, greedily and with its cache. Its guidance runs
-  the unconditional branch as a pass of its own. It decodes no pixels, which favours it. Compared with the mean of a
-  drawing before it and one after it;
+  plain transformers `generate(guidance_scale=...)` from the same decoder, greedily and with its cache. Its guidance
+  runs the unconditional branch as a pass of its own. It decodes no pixels, which favours it. Compared with the mean of
+  a drawing before it and one after it;
 * **one by one, batched**: the same without transformers' guidance but with both branches as rows of one batch, which
   plain `generate` does not offer: what a rewrite of token-by-token decoding could reach at best.
 

@@ -1,0 +1,112 @@
+"""Turns finished training runs into the checkpoint that ships in the package."""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from . import MINI
+from .evaluation import evaluate_scenes, load, table
+from .model_card import model_card
+from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
+from .modeling.modeling_nextflow_vq import NextFlowVQModel
+from .processing.image_processing_base_nextflow import buckets_from_schedule
+from .processing.image_processing_pil_nextflow import NextFlowImageProcessorPil
+from .processing.processing_nextflow import NextFlowProcessor
+from .training.stage_trainer import save_whole
+
+MAX_BYTES = 40 * 10**6
+
+
+def bundle(runs: Path, target: Path = Path(MINI), **evaluation) -> dict:
+    """Join decoder, tokenizer, processor, logs, scores and card in one folder.
+
+    Args:
+        runs: Folder of the runs, with `decoder/final`, `tokenizer`, and `vq-decoder/final` (a better pixel decoder on
+            the same codes) if there is one.
+        target: Where the checkpoint goes. One that is there is replaced only by a better drawing score.
+        evaluation: Arguments of `evaluate_scenes`.
+
+    Returns:
+        The scores.
+
+    Raises:
+        ValueError: If the checkpoint is too large, or scores no better than the one that is there.
+    """
+    # 1. The decoder, with the best pixel decoder for its codes.
+    model = NextFlowForConditionalGeneration.from_pretrained(runs / "decoder" / "final").eval()
+    if (runs / "vq-decoder" / "final").is_dir():
+        model.set_vq_model(NextFlowVQModel.from_pretrained(runs / "vq-decoder" / "final").eval())
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(runs / "tokenizer")
+    resolution = model.config.trained_image_sizes[0][0]
+    image_processor = NextFlowImageProcessorPil(
+        buckets=buckets_from_schedule(model.config.schedule),
+        resolution=resolution,
+        downsample=model.config.schedule.downsample,
+    )
+    processor = NextFlowProcessor(image_processor, tokenizer, context_image=model.config.context_image)
+    candidate = runs / "candidate"
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        logs = {
+            path.parent.name: json.loads(path.read_text())["log_history"]
+            for path in sorted(runs.glob("*/trainer_state.json"))
+        }
+        (folder / "training_log.json").write_text(json.dumps(logs, indent=1) + "\n")
+        _drop_code(folder)
+
+    save_whole(candidate, save)
+    size = sum(path.stat().st_size for path in candidate.rglob("*"))
+    if size > MAX_BYTES:
+        raise ValueError(f"The checkpoint has {size / 1e6:.1f} MB; {MAX_BYTES / 1e6:.0f} MB at most.")
+
+    # 2. Its scores, from the saved files.
+    result = evaluate_scenes(str(candidate), **evaluation)
+    result["settings"]["checkpoint"] = "mini"
+    existing = target / "evaluation.json"
+    if existing.is_file():
+        before = json.loads(existing.read_text())["drawing"]["overall"]["score"]
+        if result["drawing"]["overall"]["score"] <= before:
+            raise ValueError(
+                f"The score {result['drawing']['overall']['score']} does not beat {before}; nothing changed."
+            )
+    loaded, _ = load(str(candidate))
+    card = model_card("nextflow-mini", loaded, result)
+    (candidate / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    (candidate / "README.md").write_text(card.content)
+
+    # 3. In place at once.
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_whole(target, lambda folder: shutil.copytree(candidate, folder, dirs_exist_ok=True))
+    return result
+
+
+def _drop_code(folder: Path) -> None:
+    """Inside the package a checkpoint needs no copy of the code beside it."""
+    for module in folder.glob("*.py"):
+        module.unlink()
+    for name in ("config.json", "processor_config.json"):
+        content = json.loads((folder / name).read_text())
+        content.pop("auto_map", None)
+        content.get("image_processor", {}).pop("auto_map", None)
+        content.get("vq_config", {}).pop("auto_map", None)
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def main() -> None:
+    """`python -m nextflow_hf.bundle RUNS`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(table(bundle(args.runs)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Model cards: what a checkpoint is, what it can do in measured numbers, and how it is used."""
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .evaluation import table
+
+_BODY = """\
+# {name}
+
+A small [NextFlow](https://arxiv.org/abs/2601.02204) model: one decoder-only transformer that draws by next-scale
+prediction and describes pictures by next-token prediction. It was trained from scratch by
+[NextFlow-HF](https://github.com/nextflow-hf/nextflow-hf), an independent open implementation of the paper, whose
+authors have published neither code nor weights. It is **not** a NextFlow checkpoint of theirs.
+
+## What it can and cannot do
+
+It knows one small world, *scenes*: one to four circles, squares, triangles, crosses, diamonds and stars, in eight
+colours and two sizes, on a plain white, gray or black background, at {size} pixels. In that world it can
+{abilities}. It knows nothing else: not photographs, not words in pictures, not free text, not editing. Calls that need
+an ability or a picture size it was not trained for are refused with an error.
+
+{table}
+
+Drawing is scored strictly: a picture counts only if a pixel-level referee finds exactly the objects asked for and
+nothing else. All prompts name combinations that training never saw; intervals come from resampling prompts. Every
+setting is in `evaluation.json`. Reproduce with
+
+```
+nextflow-hf evaluate scenes --checkpoint mini
+```
+
+## Use
+
+```python
+import nextflow_hf
+from transformers import pipeline
+
+draw = pipeline("text-to-image", model=nextflow_hf.MINI)
+draw("a red circle to the left of a blue square", seed=7).save("picture.png")
+```
+
+Without the package, where transformers and diffusers are installed: `AutoModelForMultimodalLM.from_pretrained(...,
+trust_remote_code=True)` and `AutoProcessor.from_pretrained(..., trust_remote_code=True)`.
+
+## How it was made
+
+{parameters:.1f} million parameters: {decoder:.1f} in the decoder, {tokenizer:.1f} in the image tokenizer ({codes}
+codes, one index for a semantic and a pixel vector). Trained on a CPU with the recipes `mini-*` of the package on pictures that
+a program renders; `training_log.json` has the losses of every stage. Nothing was taken from other weights or data.
+"""
+
+
+def model_card(name: str, model, result: dict) -> ModelCard:
+    """The card of a checkpoint.
+
+    Args:
+        name: Its name.
+        model: The model.
+        result: What `evaluate_scenes` measured of it.
+    """
+    config = model.config
+    scores = {f"drawing, {category}": own["score"] for category, own in result["drawing"].items()}
+    if "captions" in result:
+        scores["captions"] = result["captions"]["score"]
+    data = ModelCardData(
+        model_name=name,
+        license="apache-2.0",
+        language="en",
+        library_name="transformers",
+        pipeline_tag="any-to-any",
+        tags=["nextflow", "next-scale-prediction", "text-to-image", "image-to-text"],
+        eval_results=[
+            EvalResult(
+                task_type="text-to-image",
+                dataset_type="nextflow-hf/scenes",
+                dataset_name="scenes, unseen combinations",
+                metric_type=metric,
+                metric_value=value,
+            )
+            for metric, value in scores.items()
+        ],
+    )
+    verbs = {"image": "draw what a prompt asks for", "caption": "describe a picture", "text": "continue text"}
+    abilities = [verbs.get(ability, ability) for ability in config.abilities or []]
+    body = _BODY.format(
+        name=name,
+        size="x".join(map(str, result["settings"]["image_size"])),
+        abilities=" and ".join(abilities),
+        table=table(result),
+        parameters=model.num_parameters() / 1e6,
+        decoder=(model.num_parameters() - model.vq_model.num_parameters()) / 1e6,
+        tokenizer=model.vq_model.num_parameters() / 1e6,
+        codes=config.vq_config.codebook_size,
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")

@@ -1,0 +1,114 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import nextflow_hf
+from nextflow_hf.cli import main, write_whole
+from nextflow_hf.demo import contact_sheet
+
+SMALL_RUN = ["--prompts", "2", "--images", "1", "--captions", "4"]
+
+
+def test_generate_writes_the_same_pictures_for_a_seed(tmp_path, capsys):
+    for folder in ("one", "other"):
+        assert main(["generate", "a red circle", "--count", "2", "--seed", "5", "--output", str(tmp_path / folder)]) == 0
+    paths = capsys.readouterr().out.split()
+    assert len(paths) == 4 and all(path.endswith(("0005.png", "0006.png")) for path in paths)
+    for name in ("0005.png", "0006.png"):
+        one, other = (np.asarray(Image.open(tmp_path / folder / name)) for folder in ("one", "other"))
+        assert np.array_equal(one, other)
+
+
+def test_a_picture_is_the_same_alone_and_among_others(tmp_path):
+    main(["generate", "a red circle", "--count", "2", "--seed", "5", "--output", str(tmp_path / "two")])
+    main(["generate", "a red circle", "--count", "1", "--seed", "6", "--output", str(tmp_path / "one")])
+    two, one = (np.asarray(Image.open(tmp_path / folder / "0006.png"), int) for folder in ("two", "one"))
+    assert np.abs(two - one).max() <= 1
+
+
+def test_describe(tmp_path, capsys):
+    nextflow_hf.scenes  # noqa: B018  (a sub-package is reachable by name)
+    source = nextflow_hf.scenes.SceneSource((64, 64), 1, seed=2)
+    Image.fromarray(source.image(0)).save(tmp_path / "scene.png")
+    assert main(["describe", str(tmp_path / "scene.png")]) == 0
+    assert len(capsys.readouterr().out.split()) > 2
+
+
+def test_evaluate_writes_scores_and_every_setting(tmp_path, capsys):
+    path = tmp_path / "scores" / "mini.json"
+    assert main(["evaluate", "scenes", *SMALL_RUN, "--top-k", "7", "--output", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert result["settings"]["sampling"]["top_k"] == 7 and result["settings"]["weights_sha256"]
+    assert set(result["drawing"]) == {"overall", *nextflow_hf.scenes.CATEGORIES}
+    assert all(0 <= own["low"] <= own["score"] <= own["high"] <= 1 for own in result["drawing"].values())
+    assert "| drawing: overall |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "", "--output", "{tmp}"], "empty"),
+        (["generate", "a star", "--count", "0", "--output", "{tmp}"], "--count"),
+        (["generate", "a star", "--guidance-scale", "-1", "--output", "{tmp}"], "guidance_scale"),
+        (["generate", "a star", "--size", "60x64", "--output", "{tmp}"], "multiple of 8"),
+        (["generate", "a star", "--size", "128x128", "--output", "{tmp}"], "trained to draw"),
+        (["generate", "a <|im_end|> star", "--output", "{tmp}"], "special token"),
+        (["generate", "a star", "--checkpoint", "{tmp}/none", "--output", "{tmp}"], "none"),
+        (["describe", "{tmp}/none.png"], "none.png"),
+        (["train", "no-such-recipe"], "no recipe"),
+        (["train", "mini-decoder", "max_steps"], "key=value"),
+    ],
+)
+def test_a_mistake_is_one_line_and_no_files(arguments, message, tmp_path, capsys):
+    assert main([argument.format(tmp=tmp_path) for argument in arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.unfinished"))
+
+
+@pytest.mark.parametrize("arguments", [["generate", "a star", "--size", "big"], ["dance"], ["evaluate", "beauty"]])
+def test_unknown_arguments_end_with_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2 and "usage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["generate", "describe", "train", "evaluate", "demo"])
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0 and command in capsys.readouterr().out
+
+
+def test_demo_shows_where_its_pictures_are(tmp_path, capsys):
+    assert main(["demo", "--output", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert str(tmp_path / "contact_sheet.png") in out and str(tmp_path / "sharpening.gif") in out
+    assert Image.open(tmp_path / "sharpening.gif").n_frames > 1
+    assert Image.open(tmp_path / "contact_sheet.png").width > 8 * 64
+
+
+def test_a_file_is_whole_or_absent(tmp_path):
+    def fail(file):
+        file.write(b"half")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_whole(tmp_path / "file", fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_contact_sheet_shows_every_picture():
+    sheet = contact_sheet(["one", "two"], [[Image.new("RGB", (8, 8), "red")] * 3, [Image.new("RGB", (8, 8), "blue")] * 3])
+    colors = dict((color, count) for count, color in sheet.getcolors(10**6))
+    assert colors[(255, 0, 0)] == colors[(0, 0, 255)] == 3 * 128 * 128
+
+
+def test_the_bundled_checkpoint_is_small_and_complete():
+    from pathlib import Path
+
+    files = {path.name: path.stat().st_size for path in Path(nextflow_hf.MINI).iterdir()}
+    assert sum(files.values()) <= 40e6
+    assert {"model.safetensors", "README.md", "evaluation.json", "training_log.json"} <= files.keys()
+    assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
