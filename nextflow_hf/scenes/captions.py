@@ -27,12 +27,27 @@ OPENINGS = ("a picture of ", "draw ", "show me ", "an image with ")
 
 @dataclass(frozen=True)
 class Group:
-    """Objects alike: how many, and what is said of each; `None` where nothing is said."""
+    """Objects alike: how many, and what is said of each; `None` where nothing is said.
+
+    Raises:
+        ValueError: If this world has no words for it.
+    """
 
     count: int
     shape: str
     color: str | None = None
     size: str | None = None
+
+    def __post_init__(self):
+        if self.count != 1 and self.count not in NUMBERS:
+            raise ValueError(f"A group has 1 to {max(NUMBERS)} objects, got {self.count!r}.")
+        for name, value, known in (
+            ("shape", self.shape, SHAPES),
+            ("color", self.color, (None, *COLORS)),
+            ("size", self.size, (None, *SIZES)),
+        ):
+            if value not in known:
+                raise ValueError(f"A group's {name} must be one of {tuple(known)}, got {value!r}.")
 
     def fits(self, own) -> bool:
         """Whether an object (with `shape`, `color`, `size`) is one of these."""
@@ -47,11 +62,23 @@ class Facts:
         groups: The objects.
         relation: Where the first of two groups lies as seen from the second, or `None`.
         background: The background, or `None`.
+
+    Raises:
+        ValueError: If the relation or the background is unknown, or a relation is claimed of other than two objects.
     """
 
     groups: tuple[Group, ...]
     relation: str | None = None
     background: str | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "groups", tuple(self.groups))
+        if self.background not in (None, *BACKGROUNDS):
+            raise ValueError(f"A background must be one of {tuple(BACKGROUNDS)}, got {self.background!r}.")
+        if self.relation not in (None, *_RELATION_WORDS):
+            raise ValueError(f"A relation must be one of {tuple(_RELATION_WORDS)}, got {self.relation!r}.")
+        if self.relation is not None and [group.count for group in self.groups] != [1, 1]:
+            raise ValueError(f"A relation holds between two groups of one object, got {self.groups}.")
 
     @property
     def count(self) -> int:
@@ -161,14 +188,28 @@ def _group(match: re.Match, index: int) -> Group:
 
 def facts_match(facts: Facts, scene) -> bool:
     """Whether a scene (or a referee's reading of a picture) shows exactly what the facts claim."""
-    if facts.background not in (None, scene.background) or facts.count != len(scene.objects):
+    objects = scene.objects
+    if facts.background not in (None, scene.background) or facts.count != len(objects):
         return False
+    if facts.relation is not None:
+        first, second = facts.groups
+        return any(
+            first.fits(a) and second.fits(b) and relation(a, b) == facts.relation for a, b in permutations(objects)
+        )
     wanted = [group for group in facts.groups for _ in range(group.count)]
-    return any(
-        all(group.fits(own) for group, own in zip(wanted, order))
-        and (facts.relation is None or relation(order[0], order[1]) == facts.relation)
-        for order in permutations(scene.objects)
-    )
+    taken_by: dict[int, int] = {}
+
+    def find(index: int, tried: set[int]) -> bool:
+        """Give claim `index` an object; whoever holds it moves to another (augmenting paths)."""
+        for place, own in enumerate(objects):
+            if place not in tried and wanted[index].fits(own):
+                tried.add(place)
+                if place not in taken_by or find(taken_by[place], tried):
+                    taken_by[place] = index
+                    return True
+        return False
+
+    return all(find(index, set()) for index in range(len(wanted)))
 
 
 def is_complete(facts: Facts) -> bool:

@@ -2,12 +2,18 @@
 
 import zlib
 from dataclasses import dataclass
+from itertools import product, zip_longest
 
 import numpy as np
 
 from .captions import OPENINGS, Facts, Group, opposite, words_of
-from .sampling import CATEGORIES, MAX_OBJECTS, Key, place, position_key, split_of
+from .sampling import CATEGORIES, MAX_OBJECTS, SPLITS, Key, place, position_key, split_of
 from .world import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, SceneObject, relation
+
+# Share of prompts with an opening ("draw ...") and of prompts that name a background, as in training captions.
+_OPENING_SHARE, _BACKGROUND_SHARE = 0.4, 0.3
+# Random placements tried before a scene is said to be impossible.
+_TRIES = 1000
 
 
 @dataclass(frozen=True)
@@ -38,67 +44,84 @@ def keys_in(category: str, split: str) -> list[Key]:
 def make_prompts(category: str, n: int = 100, split: str = "test", seed: int = 0) -> list[ScenePrompt]:
     """`n` prompts of a category, the same in every run.
 
-    Every prompt names a combination of the split. Combinations take turns; wording and background vary, and repeat
-    only where the category has fewer than `n` sentences.
+    Every prompt names a combination of the split. Combinations take turns; wording and background vary, and a sentence
+    repeats only when the category has fewer than `n`, after all of them.
 
     Raises:
-        ValueError: If there is no such category.
+        ValueError: If there is no such category or split.
     """
     if category not in CATEGORIES:
         raise ValueError(f"A category is one of {CATEGORIES}, got {category!r}.")
+    if split not in SPLITS:
+        raise ValueError(f"A split is one of {SPLITS}, got {split!r}.")
     rng = np.random.default_rng((seed, zlib.crc32(f"{category} {split}".encode())))
     keys = keys_in(category, split)
-    order = rng.permutation(len(keys))
-    prompts, seen = [], set()
-    for index in range(n):
-        for _ in range(20):
-            facts = _facts(keys[order[index % len(keys)]], rng)
-            opening = OPENINGS[rng.integers(len(OPENINGS))] if rng.random() < 0.4 else ""
-            text = opening + words_of(facts)
-            if text not in seen:
-                break
-        seen.add(text)
-        prompts.append(ScenePrompt(category, text, facts))
-    return prompts
+    turns = zip_longest(*(_sentences(keys[index], rng) for index in rng.permutation(len(keys))))
+    distinct = [prompt for turn in turns for prompt in turn if prompt is not None]
+    return [distinct[index % len(distinct)] for index in range(n)]
 
 
 def scene_for(facts: Facts, rng: np.random.Generator, lattice: tuple[int, int] = (4, 4)) -> Scene:
-    """A random scene that shows exactly what the facts claim."""
+    """A random scene that shows exactly what the facts claim.
+
+    Raises:
+        ValueError: If the lattice has no room for it.
+    """
     groups = [group for group in facts.groups for _ in range(group.count)]
-    while True:
-        # What a group leaves open is the same for all its objects and differs between groups.
-        colors = dict(zip(facts.groups, rng.permutation(list(COLORS))))
-        sizes = [group.size or "small" for group in groups]
+    sizes = [group.size or "small" for group in groups]
+    for _ in range(_TRIES):
+        # What a group leaves open is the same for all its objects and, while colours last, differs between groups.
+        paints = [str(color) for color in rng.permutation(list(COLORS))]
+        colors = {group: paints[index % len(paints)] for index, group in enumerate(facts.groups)}
         cells = place(rng, sizes, lattice)
         if cells is None:
             continue
         objects = tuple(
-            SceneObject(group.shape, group.color or str(colors[group]), size, cell)
+            SceneObject(group.shape, group.color or colors[group], size, cell)
             for group, size, cell in zip(groups, sizes, cells)
         )
-        if facts.relation is None or relation(objects[0], objects[1]) == facts.relation:
+        if facts.relation is None or relation(*objects) == facts.relation:
             background = facts.background or tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
             return Scene(objects, background, lattice)
+    raise ValueError(f"A lattice of {lattice} has no room for {words_of(facts)!r} with a free cell between objects.")
 
 
-def _facts(key: Key, rng: np.random.Generator) -> Facts:
+def _sentences(key: Key, rng: np.random.Generator) -> list[ScenePrompt]:
+    """Everything that is asked about a combination, in random order with plain wordings likelier to come first."""
+    category, _ = key
+    orders, openings, backgrounds = _orders(key), ("", *OPENINGS), (None, *BACKGROUNDS)
+    options = list(product(orders, openings, backgrounds))
+    weights = [
+        (_OPENING_SHARE / len(OPENINGS) if opening else 1 - _OPENING_SHARE)
+        * (_BACKGROUND_SHARE / len(BACKGROUNDS) if background else 1 - _BACKGROUND_SHARE)
+        / len(orders)
+        for _, opening, background in options
+    ]
+    prompts = []
+    for index in rng.choice(len(options), len(options), replace=False, p=weights):
+        (groups, where), opening, background = options[index]
+        facts = Facts(groups, where, background)
+        prompts.append(ScenePrompt(category, opening + words_of(facts), facts))
+    return prompts
+
+
+def _orders(key: Key) -> list[tuple[tuple[Group, ...], str | None]]:
+    """Groups and relation of a combination, named from either end."""
     category, name = key
-    background = tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))] if rng.random() < 0.3 else None
     where = None
     words = name.split()
     if category == "single_object":
-        groups = [Group(1, words[1], size=words[0])]
+        groups = (Group(1, words[1], size=words[0]),)
     elif category == "colors":
-        groups = [Group(1, words[1], words[0])]
+        groups = (Group(1, words[1], words[0]),)
     elif category == "counting":
-        groups = [Group(int(words[0]), words[2], words[1])]
+        groups = (Group(int(words[0]), words[2], words[1]),)
     elif category == "two_object":
-        groups = [Group(1, shape) for shape in words]
+        groups = tuple(Group(1, shape) for shape in words)
     elif category == "position":
-        groups, where = [Group(1, words[0]), Group(1, words[-1])], " ".join(words[1:-1])
+        groups, where = (Group(1, words[0]), Group(1, words[-1])), " ".join(words[1:-1])
     else:
-        groups = [Group(1, kind.split()[1], kind.split()[0]) for kind in name.split(" + ")]
-    if len(groups) == 2 and rng.random() < 0.5:
-        groups.reverse()
-        where = None if where is None else opposite(where)
-    return Facts(tuple(groups), where, background)
+        groups = tuple(Group(1, kind.split()[1], kind.split()[0]) for kind in name.split(" + "))
+    if len(groups) == 1:
+        return [(groups, where)]
+    return [(groups, where), (groups[::-1], None if where is None else opposite(where))]
