@@ -67,7 +67,7 @@ def spoil(scene: Scene, defect: str, rng: np.random.Generator, size: tuple[int, 
     Args:
         scene: A scene with at least one object.
         defect: One of `DEFECTS`: half of an object is missing, or has another colour; it has a hole of half its
-            diameter; or a stray patch of a quarter of a cell's width lies in a free cell.
+            diameter; or a stray patch of a third of a cell's width lies in a free cell.
         rng: Source of randomness.
         size: (height, width) in pixels.
 
@@ -99,7 +99,7 @@ def spoil(scene: Scene, defect: str, rng: np.random.Generator, size: tuple[int, 
         center = row + 0.5, column + 0.5
     y, x = (np.indices(size) + 0.5) - (np.array(center) * pitch)[:, None, None]
     if defect == "stray patch":
-        where, picture = np.maximum(abs(y), abs(x)) < pitch.min() / 8, np.array(COLORS[own.color])
+        where, picture = np.maximum(abs(y), abs(x)) < pitch.min() / 6, np.array(COLORS[own.color])
     else:
         picture = render(replace(scene, objects=tuple(others)), size)
         if defect == "hole":
