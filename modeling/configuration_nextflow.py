@@ -296,7 +296,9 @@ def _nextflow_mini() -> dict:
         num_key_value_heads=2,
         max_position_embeddings=8192,
         rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]},
+        # Qwen's sections give columns the lowest frequencies of a head. A small theta and a wide range C keep the
+        # columns of a grid apart: at theta 1e4 and C = 16 they would differ by 0.05 rad in all.
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [8, 12, 12]},
         bos_token_id=MINI_SPECIAL_TOKEN_IDS["<|endoftext|>"],
         eos_token_id=MINI_SPECIAL_TOKEN_IDS["<|im_end|>"],
         pad_token_id=MINI_SPECIAL_TOKEN_IDS["<|endoftext|>"],
@@ -308,7 +310,7 @@ def _nextflow_mini() -> dict:
         "boi_token_id": MINI_SPECIAL_TOKEN_IDS["<|vision_start|>"],
         "eoi_token_id": MINI_SPECIAL_TOKEN_IDS["<|vision_end|>"],
         "image_token_id": MINI_SPECIAL_TOKEN_IDS["<|image_pad|>"],
-        "position_range": 16.0,
+        "position_range": 64.0,
         "tie_word_embeddings": True,
         "scale_loss_alpha": 0.9,
     }

@@ -73,7 +73,7 @@ class NextFlowProcessor(ProcessorMixin):
         super().validate_inputs(images=images, text=text, **kwargs)
         for index, own in enumerate(text or ()):
             if not own.strip():
-                raise ValueError(f"Prompt {index} is empty.")
+                raise ValueError(f"Prompt {index} is empty: say what to draw or to answer.")
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """Placeholders of one picture: one for every slot."""
