@@ -144,11 +144,16 @@ def main() -> None:
     bench = Bench()
     print("# What mistaken calls get\n")
     print("Made by `python tests/hostile_calls.py > docs/errors.md`; kept true by `tests/test_hostile_calls.py`.\n")
+    print(
+        "Taken as they are, not refused: CMYK, RGBA, palette, gray and 16-bit pictures. They become 8-bit RGB, and "
+        "transparency is laid on white.\n"
+    )
     print("| call | error |\n|---|---|")
     for name in CALLS:
         error = error_of(bench, name)
         message = " ".join(str(error).split()).replace("|", "\\|").replace(tempfile.gettempdir(), "…")
-        print(f"| {name} | `{type(error).__name__}`: {message} |")
+        call = name.replace("|", "\\|")
+        print(f"| {call} | `{type(error).__name__}`: {message} |")
 
 
 if __name__ == "__main__":
