@@ -151,10 +151,10 @@ class NextFlowModel(NextFlowPreTrainedModel):
 
     def __init__(self, config: NextFlowConfig):
         super().__init__(config)
-        self.vq_model = NextFlowVQModel._from_config(config.vq_config)
+        self.language_model = NextFlowTextModel._from_config(config.text_config)
         self.connector = NextFlowConnector(config)
         self.scale_embedding = NextFlowScaleEmbedding(config)
-        self.language_model = NextFlowTextModel._from_config(config.text_config)
+        self.vq_model = NextFlowVQModel._from_config(config.vq_config)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -284,7 +284,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
             position_ids: `(3, batch, length)` time, row and column; made from the inputs by default. Text alone may
                 be given as `(batch, length)`.
             past_key_values: The key-value cache.
-            inputs_embeds: `(batch, length, hidden_size)` instead of `input_ids`; images need `input_ids` beside it.
+            inputs_embeds: `(batch, length, hidden_size)` instead of `input_ids`; images are found by the embeddings of
+                their tokens, unless `input_ids` stand beside it.
             block_sequence_ids: `(batch, past + length)` block of each position, -1 for causal ones; made from the
                 inputs by default.
             use_cache: Whether to return a cache.
@@ -297,7 +298,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             inputs_embeds = self.language_model.embed_tokens(input_ids)
         if has_images:
             if input_ids is None:
-                raise ValueError("Images need `input_ids`, which tell where they stand.")
+                input_ids = self._find_image_tokens(inputs_embeds)
             if pixel_values is not None and image_codes is None:
                 image_codes, grids = self.encode_images(pixel_values, image_grids)
             elif image_grids is None:
@@ -335,6 +336,14 @@ class NextFlowModel(NextFlowPreTrainedModel):
             image_codes=image_codes,
             layout=layout,
         )
+
+    def _find_image_tokens(self, inputs_embeds: torch.Tensor) -> torch.LongTensor:
+        """Ids of the image tokens in `inputs_embeds`; -1 where another token stands."""
+        ids = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
+        for token in (self.config.boi_token_id, self.config.image_token_id, self.config.eoi_token_id):
+            embedding = self.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))
+            ids[(inputs_embeds == embedding).all(dim=-1)] = token
+        return ids
 
     def _check_grids(self, grids: tuple[Grid, ...], index: int) -> None:
         try:
@@ -441,6 +450,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextScaleGenerat
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         image_labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
@@ -453,6 +463,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextScaleGenerat
                 `<eoi>` and at placeholders are ignored: slots predict codes.
             image_labels: `(images, num_codes)` codes that the slots are to predict, aligned (not shifted); -100 where
                 there is none. With self-correction they differ from `image_codes`, which the slots are fed.
+            shift_labels: `(batch, length)` text labels that are shifted already, instead of `labels`.
             logits_to_keep: As in transformers. Ignored where labels are given: logits are then not returned.
         """
         outputs = self.model(
@@ -469,31 +480,35 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextScaleGenerat
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        output = NextFlowOutput(
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-        if labels is None and image_labels is None:
+        logits = text_loss = image_loss = image_loss_per_scale = None
+        if labels is None and shift_labels is None and image_labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            output.logits = self.lm_head(hidden_states[:, kept])
-            return output
-        if labels is not None:
-            output.text_loss = self._text_loss(hidden_states, labels)
+            logits = self.lm_head(hidden_states[:, kept])
+        if shift_labels is None and labels is not None:
+            shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+        if shift_labels is not None:
+            text_loss = self._text_loss(hidden_states, shift_labels)
         if image_labels is not None:
             if outputs.layout is None:
                 raise ValueError("`image_labels` need `image_codes` or `pixel_values` to say where their slots are.")
-            output.image_loss, output.image_loss_per_scale = self._image_loss(
-                hidden_states, image_labels, outputs.layout.spans
-            )
-        output.loss = sum(loss for loss in (output.text_loss, output.image_loss) if loss is not None)
-        return output
+            image_loss, image_loss_per_scale = self._image_loss(hidden_states, image_labels, outputs.layout.spans)
+        losses = [loss for loss in (text_loss, image_loss) if loss is not None]
+        return NextFlowOutput(
+            loss=sum(losses) if losses else None,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            text_loss=text_loss,
+            image_loss=image_loss,
+            image_loss_per_scale=image_loss_per_scale,
+        )
 
-    def _text_loss(self, hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
-        ignored = (labels == self.config.image_token_id) | (labels == self.config.eoi_token_id)
-        targets = labels.masked_fill(ignored, -100)[:, 1:]
-        labelled = targets != -100
-        losses = self._cross_entropy(hidden_states[:, :-1][labelled], targets[labelled])
+    def _text_loss(self, hidden_states: torch.Tensor, shift_labels: torch.LongTensor) -> torch.Tensor:
+        """Mean over what each position is to predict next; slots predict codes, and `<eoi>` is forced."""
+        ignored = (shift_labels == self.config.image_token_id) | (shift_labels == self.config.eoi_token_id)
+        labelled = (shift_labels != -100) & ~ignored
+        losses = self._cross_entropy(hidden_states[labelled], shift_labels[labelled])
         return losses.sum() / labelled.sum().clamp(min=1)
 
     def _image_loss(self, hidden_states: torch.Tensor, image_labels: torch.LongTensor, spans: tuple[ImageSpan, ...]):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import small_model
 from PIL import Image
+from small_models import small_model
 
 import nextflow_hf
 from nextflow_hf.modeling.generation_nextflow import ImageSampling

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small_config, small_model
+from small_models import small_config, small_model
 
 from nextflow_hf.modeling import modeling_nextflow
 from nextflow_hf.modeling.configuration_nextflow import NextFlowConfig, NextFlowVQConfig

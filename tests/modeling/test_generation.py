@@ -3,7 +3,7 @@ import threading
 
 import pytest
 import torch
-from conftest import small_model
+from small_models import small_model
 from transformers import GenerationConfig
 
 from nextflow_hf.modeling.generation_nextflow import ImageSampling, ScaleStreamer, ramp, sample_codes

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small_config
+from small_models import small_config
 
 from nextflow_hf.modeling import modeling_nextflow_vq
 from nextflow_hf.modeling.modeling_nextflow_vq import NextFlowVQModel

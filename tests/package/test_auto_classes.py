@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import small_model
 from PIL import Image
+from small_models import small_model
 from transformers import (
     AutoConfig,
     AutoImageProcessor,

@@ -3,8 +3,8 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import small_config
 from PIL import Image
+from small_models import small_config
 
 import nextflow_hf
 from nextflow_hf.modeling.generation_nextflow import NextFlowInterleavedOutput

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import small_config, small_model
 from safetensors.torch import load_file
+from small_models import small_config, small_model
 
 import nextflow_hf
 from nextflow_hf.modeling.modeling_nextflow_vq import NextFlowVQModel

@@ -1,0 +1,69 @@
+"""Models of a few thousand parameters with every part of the real ones."""
+
+import torch
+
+from nextflow_hf.modeling.configuration_nextflow import NextFlowConfig
+from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
+
+
+def small_config(**overrides) -> NextFlowConfig:
+    """A NextFlow of a few thousand parameters with every part of the real one."""
+    vq_config = {
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "patch_size": 8,
+            "num_patches": 16,
+            "vision_use_head": False,
+        },
+        "codebook_size": 32,
+        "semantic_dim": 6,
+        "pixel_dim": 4,
+        "latent_channels": 8,
+        "encoder_channels": [8, 8, 8, 8],
+        "encoder_layers": 1,
+        "decoder_channels": [8, 8, 8, 8],
+        "decoder_layers": 1,
+        "norm_num_groups": 4,
+        "semantic_decoder_layers": 1,
+        "sides": [1, 2, 3, 4],
+        "levels": [2, 4],
+        "final_grids": [[2, 6], [4, 4], [6, 2]],
+    }
+    text_config = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    own = {
+        "vq_config": vq_config,
+        "text_config": text_config,
+        "code_start_id": 64,
+        "boi_token_id": 3,
+        "eoi_token_id": 4,
+        "image_token_id": 5,
+        "position_range": 4.0,
+    }
+    return NextFlowConfig(**{**own, **overrides})
+
+
+def small_model(seed: int = 0, **overrides) -> NextFlowForConditionalGeneration:
+    """A random small model whose head is sharp enough that codes are not all alike."""
+    torch.manual_seed(seed)
+    model = NextFlowForConditionalGeneration(small_config(**overrides)).eval()
+    with torch.no_grad():
+        for parameter in model.model.language_model.parameters():
+            parameter.mul_(1.5)
+        torch.nn.init.normal_(model.lm_head.weight, std=0.5)
+        torch.nn.init.normal_(model.model.scale_embedding.scale.weight, std=0.5)
+    return model
