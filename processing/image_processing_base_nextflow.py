@@ -6,7 +6,13 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature
-from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
+from transformers.image_utils import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    ChannelDimension,
+    PILImageResampling,
+    SizeDict,
+)
 from transformers.processing_utils import ImagesKwargs
 
 # PIL's own threshold for decompression bombs.
@@ -61,7 +67,12 @@ class NextFlowImageProcessing:
     max_stretch = 2.0
     do_resize = True
     do_convert_rgb = True
-    valid_kwargs = NextFlowImageProcessorKwargs
+    # Both together take 0..255 to [-1, 1].
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = IMAGENET_STANDARD_MEAN
+    image_std = IMAGENET_STANDARD_STD
     model_input_names = ["pixel_values", "image_grids"]
 
     def process_image(self, image, input_data_format=None, **kwargs):
@@ -99,9 +110,15 @@ class NextFlowImageProcessing:
         do_resize: bool,
         resample,
         resolution: int | None,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
         return_tensors: str | None,
         **kwargs,
     ) -> BatchFeature:
+        mean, std = (np.asarray(own, dtype=np.float64).reshape(-1, 1, 1) for own in (image_mean, image_std))
         arrays, grids = [], []
         for image in images:
             height, width = image.shape[-2:]
@@ -111,7 +128,10 @@ class NextFlowImageProcessing:
                 if not do_resize:
                     raise ValueError(f"A picture of {height}x{width} pixels has no bucket's size and do_resize=False.")
                 image = self._cover(image, target, resample)
-            arrays.append(np.asarray(image, dtype=np.float32) / 127.5 - 1.0)
+            pixels = np.asarray(image, dtype=np.float64)
+            pixels = pixels * rescale_factor if do_rescale else pixels
+            pixels = (pixels - mean) / std if do_normalize else pixels
+            arrays.append(pixels.astype(np.float32))
             grids.append(np.array(bucket))
         tensors = {"pixel_values": _stack(arrays), "image_grids": _stack(grids)}
         return BatchFeature(data=tensors, tensor_type=return_tensors)

@@ -2,11 +2,13 @@
 
 from transformers.image_processing_backends import PilBackend
 
-from .image_processing_base_nextflow import NextFlowImageProcessing
+from .image_processing_base_nextflow import NextFlowImageProcessing, NextFlowImageProcessorKwargs
 
 
 class NextFlowImageProcessorPil(NextFlowImageProcessing, PilBackend):
     """Brings pictures to the buckets of a scale schedule."""
+
+    valid_kwargs = NextFlowImageProcessorKwargs
 
 
 __all__ = ["NextFlowImageProcessorPil"]

@@ -77,10 +77,10 @@ class NextFlowProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """Placeholders of one picture: one for every slot."""
-        return self.image_token * self._num_slots(np.asarray(image_inputs["image_grids"][image_idx]).tolist())
+        return self.image_token * self._num_slots(np.asarray(image_inputs["image_grids"][image_idx]))
 
-    def _num_slots(self, grids: list[list[int]]) -> int:
-        cells = [height * width for height, width in grids if height]
+    def _num_slots(self, grids) -> int:
+        cells = [int(height) * int(width) for height, width in grids if height]
         return sum(cells[1:]) + (cells[-1] if self.context_image == "scales+final" else 0)
 
     def apply_chat_template(self, conversation, chat_template=None, **kwargs):
@@ -96,8 +96,6 @@ class NextFlowProcessor(ProcessorMixin):
                     f"The text of a turn holds the special token {found[0]!r}. Give pictures as content items "
                     '({"type": "image", "image": ...}) and leave turns to the chat template.'
                 )
-        if kwargs.get("tokenize") and kwargs.get("return_dict") is None:
-            kwargs["return_dict"] = True
         processor_kwargs = {"padding": True, **(kwargs.pop("processor_kwargs", None) or {})}
         return super().apply_chat_template(conversation, chat_template, processor_kwargs=processor_kwargs, **kwargs)
 

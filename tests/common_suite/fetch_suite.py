@@ -17,18 +17,25 @@ import transformers
 
 CACHE = Path(os.environ.get("NEXTFLOW_HF_CACHE", Path.home() / ".cache" / "nextflow-hf"))
 
+# Pictures come from a local file instead of a URL.
+_LOCAL_PICTURE = """\
+import os
+
+
+def url_to_local_path(url):
+    return os.environ["NEXTFLOW_HF_TEST_PICTURE"]
+"""
 # What the distribution's tests import and the distribution lacks.
 STAND_INS = {
     "hf_suite/__init__.py": "",
     "hf_suite/utils/__init__.py": "",
-    "hf_suite/utils/test_configuration_utils.py": "config_common_kwargs = {'return_dict': False, 'output_attentions': True}\n",
+    "hf_suite/utils/test_configuration_utils.py": "config_common_kwargs = {'return_dict': False}\n",
     "hf_suite/utils/tiny_model_summary.json": "{}",
     "hf_suite/exporters/__init__.py": "",
     "hf_suite/exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
     "hf_suite/generation/__init__.py": "",
     "hf_suite/generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
-    # Pictures come from a local file instead of a URL.
-    "utils/fetch_hub_objects_for_ci.py": "import os\n\n\ndef url_to_local_path(url):\n    return os.environ['NEXTFLOW_HF_TEST_PICTURE']\n",
+    "utils/fetch_hub_objects_for_ci.py": _LOCAL_PICTURE,
     "tests/utils/tiny_model_summary.json": "{}",
 }
 

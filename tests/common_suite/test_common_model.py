@@ -7,6 +7,7 @@ from hf_suite import test_modeling_common
 from hf_suite.generation.test_utils import GenerationTesterMixin
 from hf_suite.test_configuration_common import ConfigTester
 from hf_suite.test_modeling_common import ModelTesterMixin, floats_tensor
+from hf_suite.test_pipeline_mixin import PipelineTesterMixin
 from small_models import small_config
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -71,8 +72,13 @@ class NextFlowModelTester:
         return config, inputs
 
 
-class NextFlowModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
+class NextFlowModelTest(ModelTesterMixin, GenerationTesterMixin, PipelineTesterMixin, unittest.TestCase):
     all_model_classes = (NextFlowModel, NextFlowForConditionalGeneration)
+    pipeline_model_mapping = {
+        "feature-extraction": NextFlowModel,
+        "image-text-to-text": NextFlowForConditionalGeneration,
+        "any-to-any": NextFlowForConditionalGeneration,
+    }
     # Codes are indices: no gradient passes from the decoder to the tokenizer.
     test_all_params_have_gradient = False
     test_resize_embeddings = True

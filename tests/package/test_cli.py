@@ -13,7 +13,9 @@ SMALL_RUN = ["--prompts", "2", "--images", "1", "--captions", "4"]
 
 def test_generate_writes_the_same_pictures_for_a_seed(tmp_path, capsys):
     for folder in ("one", "other"):
-        assert main(["generate", "a red circle", "--count", "2", "--seed", "5", "--output", str(tmp_path / folder)]) == 0
+        assert (
+            main(["generate", "a red circle", "--count", "2", "--seed", "5", "--output", str(tmp_path / folder)]) == 0
+        )
     paths = capsys.readouterr().out.split()
     assert len(paths) == 4 and all(path.endswith(("0005.png", "0006.png")) for path in paths)
     for name in ("0005.png", "0006.png"):
@@ -100,8 +102,10 @@ def test_a_file_is_whole_or_absent(tmp_path):
 
 
 def test_a_contact_sheet_shows_every_picture():
-    sheet = contact_sheet(["one", "two"], [[Image.new("RGB", (8, 8), "red")] * 3, [Image.new("RGB", (8, 8), "blue")] * 3])
-    colors = dict((color, count) for count, color in sheet.getcolors(10**6))
+    sheet = contact_sheet(
+        ["one", "two"], [[Image.new("RGB", (8, 8), "red")] * 3, [Image.new("RGB", (8, 8), "blue")] * 3]
+    )
+    colors = {color: count for count, color in sheet.getcolors(10**6)}
     assert colors[(255, 0, 0)] == colors[(0, 0, 255)] == 3 * 128 * 128
 
 
