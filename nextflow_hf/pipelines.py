@@ -47,9 +47,12 @@ class NextFlowAnyToAnyPipeline(AnyToAnyPipeline):
         return preprocess, forward, postprocess
 
     def preprocess(self, inputs=None, as_chat: bool = False, **kwargs):
-        if as_chat and isinstance(inputs, str):
-            return _chat_inputs(self.processor, [inputs]) | {"text": inputs}
-        return super().preprocess(inputs, **kwargs)
+        plain = {"text": inputs} if isinstance(inputs, str) else inputs
+        if not as_chat or not isinstance(plain, dict) or not isinstance(plain["text"], str):
+            return super().preprocess(inputs, **kwargs)
+        images = plain.get("images")
+        images = images if isinstance(images, (list, tuple)) else [] if images is None else [images]
+        return {**_chat_inputs(self.processor, plain["text"], images), "text": plain["text"]}
 
     def _prepare_generate_kwargs(self, generate_kwargs):
         if generate_kwargs.get("generation_mode", "text") != "text":
@@ -80,7 +83,7 @@ class TextToImagePipeline(Pipeline):
         return {}, {**kwargs.pop("generate_kwargs", {}), **kwargs}, {}
 
     def preprocess(self, prompt: str):
-        return _chat_inputs(self.processor, [prompt])
+        return _chat_inputs(self.processor, prompt)
 
     def _forward(self, model_inputs, **drawing):
         return {"output": self.model.generate(**model_inputs, generation_mode="image", **drawing)}
@@ -89,12 +92,16 @@ class TextToImagePipeline(Pipeline):
         return self.processor.post_process_multimodal_output(model_outputs["output"], generation_mode="image")[0]
 
 
-def _chat_inputs(processor, prompts: list[str]) -> dict:
-    """Prompts as user turns that await an answer."""
-    messages = [[{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in prompts]
+def _chat_inputs(processor, prompt: str, images=()) -> dict:
+    """A prompt, behind the pictures it speaks of, as a user's turn that awaits an answer."""
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": prompt}]
     return dict(
         processor.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+            [{"role": "user", "content": content}],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
         )
     )
 

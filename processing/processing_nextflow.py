@@ -69,11 +69,23 @@ class NextFlowProcessor(ProcessorMixin):
         self._special_tokens = re.compile("|".join(re.escape(token) for token in tokenizer.all_special_tokens))
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE, **kwargs)
 
-    def validate_inputs(self, images=None, text=None, **kwargs):
-        super().validate_inputs(images=images, text=text, **kwargs)
-        for index, own in enumerate(text or ()):
+    def __call__(self, images=None, text=None, **kwargs):
+        """Text with pictures -> tensors for the model, as in transformers; see the class for how pictures stand in text.
+
+        Raises:
+            ValueError: If a prompt is empty, or text and pictures do not fit.
+        """
+        prompts = [text] if isinstance(text, str) else list(text or ())
+        for index, own in enumerate(prompts):
             if not own.strip():
                 raise ValueError(f"Prompt {index} is empty: say what to draw or to answer.")
+        placeholders = sum(own.count(self.image_token) for own in prompts)
+        pictures = _count(images)
+        if prompts and placeholders != pictures:
+            raise ValueError(
+                f"The text has places for {placeholders} pictures ({self.image_token!r}), but {pictures} were given."
+            )
+        return super().__call__(images=images, text=text, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """Placeholders of one picture: one for every slot."""
@@ -156,6 +168,15 @@ def to_picture(pixels: torch.Tensor) -> Image.Image:
         raise ValueError("The pixels hold NaN or infinite values; the model's weights or its dtype are at fault.")
     levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+
+
+def _count(images) -> int:
+    """Pictures in any nesting of lists; an array of four dimensions is a batch of them."""
+    if images is None:
+        return 0
+    if isinstance(images, (list, tuple)):
+        return sum(map(_count, images))
+    return len(images) if getattr(images, "ndim", 3) == 4 else 1
 
 
 def _texts_of(conversation):
