@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from . import MINI
-from .evaluation import evaluate_scenes, load, table
+from .evaluation import evaluate_scenes, table
+from .inference import load
 from .model_card import model_card
 from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from .modeling.modeling_nextflow_vq import NextFlowVQModel

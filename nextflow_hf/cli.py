@@ -78,7 +78,7 @@ def _sampling(args: argparse.Namespace) -> dict:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from .evaluation import draw_prompts, load
+    from .inference import draw_prompts, load
 
     if args.count < 1:
         raise ValueError(f"--count must be at least 1, got {args.count}.")
@@ -96,19 +96,11 @@ def _generate(args: argparse.Namespace) -> None:
 def _describe(args: argparse.Namespace) -> None:
     from PIL import Image
 
-    from .evaluation import load
+    from .inference import describe_pictures, load
 
+    picture = Image.open(args.picture)
     model, processor = load(args.checkpoint)
-    content = [{"type": "image", "image": Image.open(args.picture)}, {"type": "text", "text": args.question}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-    )
-    output = model.generate(**inputs, max_new_tokens=80, do_sample=False)
-    print(processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
+    print(describe_pictures(model, processor, [picture], args.question)[0])
 
 
 def _train(args: argparse.Namespace) -> None:

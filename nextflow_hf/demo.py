@@ -6,8 +6,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from .cli import write_whole
-from .evaluation import draw_prompts, load
-from .scenes import QUESTION, SceneSource
+from .inference import describe_pictures, draw_prompts, load
+from .scenes import SceneSource
 
 PROMPTS = (
     "a red circle",
@@ -59,20 +59,11 @@ def run_demo(folder: Path) -> None:
 
     # 3. What the model reads in pictures it has not drawn.
     source = SceneSource((64, 64), 4, seed=123, split="test")
-    for index in range(len(source)):
-        picture = Image.fromarray(source.image(index))
+    pictures = [Image.fromarray(source.image(index)) for index in range(len(source))]
+    for index, (picture, answer) in enumerate(zip(pictures, describe_pictures(model, processor, pictures))):
         path = folder / f"described-{index}.png"
         _save(picture.resize((256, 256), Image.Resampling.NEAREST), path)
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=True,
-        )
-        answer = model.generate(**inputs, max_new_tokens=80, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-        print(f"{path}: {processor.batch_decode(answer, skip_special_tokens=True)[0]}")
+        print(f"{path}: {answer}")
     print(f"{folder / 'contact_sheet.png'}: {len(PROMPTS)} prompts x {SEEDS} seeds")
     print(f"{folder / 'sharpening.gif'}: {prompt!r}, scale by scale")
 

@@ -8,15 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from tqdm.auto import tqdm
-from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from . import MINI, __version__
+from .inference import describe_pictures, draw_prompts, load
 from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from .processing.processing_nextflow import NextFlowProcessor
 from .scenes import (
     CATEGORIES,
-    QUESTION,
     Referee,
     SceneSource,
     calibrate,
@@ -25,33 +23,6 @@ from .scenes import (
     make_prompts,
     parse,
 )
-
-
-def load(checkpoint: str) -> tuple[NextFlowForConditionalGeneration, NextFlowProcessor]:
-    """Model and processor of a checkpoint: "mini" (the bundled one), a folder or a Hub id."""
-    path = MINI if checkpoint == "mini" else checkpoint
-    return AutoModelForMultimodalLM.from_pretrained(path).eval(), AutoProcessor.from_pretrained(path)
-
-
-def draw_prompts(
-    model: NextFlowForConditionalGeneration,
-    processor: NextFlowProcessor,
-    prompts: list[str],
-    seeds: list[int],
-    batch_size: int = 64,
-    **sampling,
-) -> list:
-    """One PIL picture per prompt, each from its own seed; `sampling` goes to `generate`."""
-    pictures = []
-    for first in tqdm(range(0, len(prompts), batch_size), desc="draw"):
-        chosen = slice(first, first + batch_size)
-        messages = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in prompts[chosen]]
-        inputs = processor.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
-        )
-        output = model.generate(**inputs, generation_mode="image", seed=seeds[chosen], **sampling)
-        pictures += processor.post_process_multimodal_output(output, generation_mode="image")
-    return pictures
 
 
 def score_drawing(
@@ -100,25 +71,11 @@ def score_captions(
 ) -> dict:
     """Share of held-out pictures whose description, read back to facts, is complete and right in everything."""
     source = SceneSource(_square(model), n, seed + 100_000, split)
+    answers = describe_pictures(model, processor, [source.image(index) for index in range(n)], batch_size=batch_size)
     right = []
-    for first in tqdm(range(0, n, batch_size), desc="describe"):
-        indices = range(first, min(first + batch_size, n))
-        messages = [
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "image", "image": source.image(i)}, {"type": "text", "text": QUESTION}],
-                }
-            ]
-            for i in indices
-        ]
-        inputs = processor.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
-        )
-        output = model.generate(**inputs, max_new_tokens=80, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-        for index, text in zip(indices, processor.batch_decode(output, skip_special_tokens=True)):
-            facts = parse(text)
-            right.append(facts is not None and is_complete(facts) and facts_match(facts, source.scene(index)))
+    for index, text in enumerate(answers):
+        facts = parse(text)
+        right.append(facts is not None and is_complete(facts) and facts_match(facts, source.scene(index)))
     right = np.array(right, float)
     return _interval(right.mean(), _resample(right[None, :], np.random.default_rng(0))[0])
 

@@ -70,7 +70,7 @@ class NextFlowProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE, **kwargs)
 
     def __call__(self, images=None, text=None, **kwargs):
-        """Text with pictures -> tensors for the model, as in transformers; see the class for how pictures stand in text.
+        """Text with pictures -> tensors for the model, as in transformers.
 
         Raises:
             ValueError: If a prompt is empty, or text and pictures do not fit.
