@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_models import small_config, small_model
+from transformers import DynamicCache
 
 from nextflow_hf.modeling import modeling_nextflow
 from nextflow_hf.modeling.configuration_nextflow import NextFlowConfig, NextFlowVQConfig
@@ -312,6 +313,20 @@ def test_flash_attention_is_refused_where_it_would_turn_causal(model):
     batch = batch_of_images(model.config)
     with pytest.raises(ValueError, match="flash_attention_2.*both directions"):
         model.model(**batch)
+
+
+def test_flash_attention_is_taken_where_it_is_exact(model):
+    """One whole scale over a whole past without padding: no mask, and not causal."""
+    model.config.text_config._attn_implementation_internal = "flash_attention_2"
+    cache, embeds, kwargs = DynamicCache(), torch.zeros(1, 4, 32), {}
+    block = torch.tensor([[-1, -1, 0, 0, 0, 0]])
+    mask = model.model._attention_mask(embeds, torch.ones(1, 6), cache, block, kwargs)
+    assert mask == {"full_attention": None} and kwargs == {"is_causal": False}
+    for refused in (torch.tensor([[-1, -1, -1, 0, 0, 0]]), torch.tensor([[-1, -1, 0, 0, 1, 1]])):
+        with pytest.raises(ValueError, match="both directions"):
+            model.model._attention_mask(embeds, torch.ones(1, 6), cache, refused, {})
+    with pytest.raises(ValueError, match="both directions"):
+        model.model._attention_mask(embeds, torch.tensor([[0, 1, 1, 1, 1, 1]]), cache, block, {})
 
 
 @pytest.mark.parametrize(
