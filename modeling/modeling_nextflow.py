@@ -305,8 +305,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 raise ValueError("`image_codes` need `image_grids`, which tell the scales of each image.")
             else:
                 grids = read_grids(image_grids)
-                for index, own in enumerate(dict.fromkeys(grids)):
-                    self._check_grids(own, index)
+                for own in dict.fromkeys(grids):
+                    self._check_grids(own, grids.index(own))
             if len(image_codes) != len(grids):
                 raise ValueError(f"Codes of {len(image_codes)} images were given, but grids of {len(grids)}.")
             layout = layout_sequences(input_ids, attention_mask, grids, self.config)
