@@ -1,10 +1,14 @@
 """What both image processors share: which pictures are taken, and how they are brought to a bucket's size."""
 
+import base64
+import os
 from collections.abc import Sequence
+from io import BytesIO
 
 import numpy as np
 import torch
-from PIL import Image
+from huggingface_hub.utils import httpx
+from PIL import Image, ImageOps
 from transformers import BatchFeature
 from transformers.image_utils import (
     IMAGENET_STANDARD_MEAN,
@@ -75,6 +79,17 @@ class NextFlowImageProcessing:
     image_std = IMAGENET_STANDARD_STD
     model_input_names = ["pixel_values", "image_grids"]
 
+    def fetch_images(self, image_url_or_urls):
+        """Open pictures that are given as a path, URL or base64 text; others pass.
+
+        transformers' own loader would drop transparency and clip 16-bit pictures before they can be converted.
+        """
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(own) for own in image_url_or_urls]
+        if isinstance(image_url_or_urls, (str, os.PathLike)):
+            return open_picture(os.fspath(image_url_or_urls))
+        return super().fetch_images(image_url_or_urls)
+
     def process_image(self, image, input_data_format=None, **kwargs):
         """Check one picture and convert it to the backend's RGB array."""
         rgb = to_rgb(image, input_data_format)
@@ -118,6 +133,8 @@ class NextFlowImageProcessing:
         return_tensors: str | None,
         **kwargs,
     ) -> BatchFeature:
+        if not images:
+            raise ValueError("No pictures were given.")
         mean, std = (np.asarray(own, dtype=np.float64).reshape(-1, 1, 1) for own in (image_mean, image_std))
         arrays, grids = [], []
         for image in images:
@@ -146,8 +163,33 @@ class NextFlowImageProcessing:
         return image[..., top : top + target[0], left : left + target[1]]
 
 
+def open_picture(source: str) -> Image.Image:
+    """The picture at a path or URL, or in base64 text, as 8-bit RGB.
+
+    Raises:
+        ValueError: If there is none, or it is damaged or huge.
+        httpx.HTTPError: If a URL cannot be fetched.
+    """
+    shown = source if len(source) <= 200 else f"{source[:200]}..."
+    if source.startswith(("http://", "https://")):
+        file = BytesIO(httpx.get(source, follow_redirects=True, timeout=60).raise_for_status().content)
+    elif os.path.isfile(source):
+        file = source
+    else:
+        try:
+            file = BytesIO(base64.decodebytes(source.split(",")[-1].encode()))
+        except ValueError as error:
+            raise ValueError(f"There is no picture {shown!r}: it is no file, no URL and no base64 text.") from error
+    try:
+        image = Image.open(file)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"The picture {shown!r} cannot be read: {error}") from error
+    with image:
+        return to_rgb(image)
+
+
 def to_rgb(image, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
-    """A picture in any usual form as 8-bit RGB; transparency is laid on white.
+    """A picture in any usual form as 8-bit RGB, upright; transparency is laid on white.
 
     Args:
         image: PIL image, or array or tensor of shape `(h, w)`, `(h, w, c)` or `(c, h, w)` with 1, 3 or 4 channels:
@@ -165,13 +207,16 @@ def to_rgb(image, input_data_format: str | ChannelDimension | None = None) -> Im
         raise ValueError(f"A picture of {image.height}x{image.width} pixels is too large; {MAX_PIXELS} at most.")
     try:
         image.load()
+        image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"A picture is damaged and cannot be read: {error}") from error
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(f"A 16-bit picture holds values in 0..65535, got {values.min()}..{values.max()}.")
-        image = Image.fromarray((values >> 8).astype(np.uint8))
+        # Mode "I" does not say its depth. Like integer arrays it is 8-bit where it fits; as 16-bit it would be black.
+        eight_bits = image.mode == "I" and values.max() <= 255
+        image = Image.fromarray((values if eight_bits else values >> 8).astype(np.uint8))
     elif image.mode == "F":
         image = _from_array(np.asarray(image), None)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -182,7 +227,9 @@ def to_rgb(image, input_data_format: str | ChannelDimension | None = None) -> Im
 
 def _from_array(image, input_data_format: str | ChannelDimension | None) -> Image.Image:
     if isinstance(image, torch.Tensor):
-        image = image.detach().cpu().numpy()
+        image = image.detach().cpu()
+        # numpy has no bfloat16
+        image = (image.float() if image.is_floating_point() else image).numpy()
     if not isinstance(image, np.ndarray):
         raise ValueError(f"A picture is a PIL image, an array or a tensor, got {type(image).__name__}.")
     if image.ndim == 3:
@@ -199,7 +246,9 @@ def _from_array(image, input_data_format: str | ChannelDimension | None) -> Imag
         )
     if 0 in image.shape:
         raise ValueError(f"A picture needs at least one pixel per side, got {image.shape[0]}x{image.shape[1]}.")
-    if np.issubdtype(image.dtype, np.floating):
+    if image.dtype.kind not in "fiub":
+        raise ValueError(f"Pixels must be integers or floats, got {image.dtype}.")
+    if image.dtype.kind == "f":
         if not np.isfinite(image).all():
             raise ValueError("A picture holds NaN or infinite pixels.")
         if image.min() < 0 or image.max() > 1:
