@@ -5,6 +5,7 @@ import re
 import numpy as np
 import torch
 from PIL import Image
+from transformers import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .image_processing_base_nextflow import NextFlowImageProcessorKwargs
@@ -66,7 +67,10 @@ class NextFlowProcessor(ProcessorMixin):
         self.image_token = tokenizer.image_token
         self.image_token_id = tokenizer.image_token_id
         self.context_image = context_image
-        self._special_tokens = re.compile("|".join(re.escape(token) for token in tokenizer.all_special_tokens))
+        # Also those without a name, such as Qwen2.5's <|video_pad|>.
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special = sorted({*special, *tokenizer.all_special_tokens})
+        self._special_tokens = re.compile("|".join(re.escape(token) for token in special))
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE, **kwargs)
 
     def __call__(self, images=None, text=None, **kwargs):
@@ -75,16 +79,30 @@ class NextFlowProcessor(ProcessorMixin):
         Raises:
             ValueError: If a prompt is empty, or text and pictures do not fit.
         """
-        prompts = [text] if isinstance(text, str) else list(text or ())
+        prompts = [text] if isinstance(text, str) else text
+        if prompts is not None and not (
+            isinstance(prompts, (list, tuple)) and prompts and all(isinstance(own, str) for own in prompts)
+        ):
+            raise ValueError("`text` must be a string or a list of at least one string.")
+        prompts = list(prompts or ())
         for index, own in enumerate(prompts):
             if not own.strip():
                 raise ValueError(f"Prompt {index} is empty: say what to draw or to answer.")
-        placeholders = sum(own.count(self.image_token) for own in prompts)
+        placeholders = [own.count(self.image_token) for own in prompts]
         pictures = _count(images)
-        if prompts and placeholders != pictures:
+        if prompts and sum(placeholders) != pictures:
             raise ValueError(
-                f"The text has places for {placeholders} pictures ({self.image_token!r}), but {pictures} were given."
+                f"The text has places for {sum(placeholders)} pictures ({self.image_token!r}), "
+                f"but {pictures} were given."
             )
+        # With one list of pictures per prompt, equal totals could still show a prompt another one's pictures.
+        if isinstance(images, (list, tuple)) and len(images) == len(prompts) > 1:
+            for index, (places, own) in enumerate(zip(placeholders, images)):
+                if isinstance(own, (list, tuple)) and places != _count(own):
+                    raise ValueError(
+                        f"Prompt {index} has places for {places} pictures ({self.image_token!r}), "
+                        f"but {_count(own)} were given for it."
+                    )
         return super().__call__(images=images, text=text, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
@@ -96,10 +114,11 @@ class NextFlowProcessor(ProcessorMixin):
         return sum(cells[1:]) + (cells[-1] if self.context_image == "scales+final" else 0)
 
     def apply_chat_template(self, conversation, chat_template=None, **kwargs):
-        """As in transformers; refuses special tokens typed into a turn, which would silently change the sequence.
+        """As in transformers; refuses what would silently change or shorten the sequence.
 
         Raises:
-            ValueError: If a turn is empty or its text holds a special token.
+            ValueError: If there is no turn, a turn is empty or holds anything but text and pictures, or its text or
+                role holds a special token.
         """
         for text in _texts_of(conversation):
             found = self._special_tokens.search(text)
@@ -109,7 +128,37 @@ class NextFlowProcessor(ProcessorMixin):
                     '({"type": "image", "image": ...}) and leave turns to the chat template.'
                 )
         processor_kwargs = {"padding": True, **(kwargs.pop("processor_kwargs", None) or {})}
-        return super().apply_chat_template(conversation, chat_template, processor_kwargs=processor_kwargs, **kwargs)
+        wants_masks = kwargs.pop("return_assistant_tokens_mask", False)
+        inputs = super().apply_chat_template(conversation, chat_template, processor_kwargs=processor_kwargs, **kwargs)
+        if wants_masks and isinstance(inputs, BatchFeature):
+            inputs["assistant_masks"] = self._assistant_masks(inputs, conversation, chat_template, kwargs)
+            return_tensors = kwargs.get("return_tensors")
+            inputs.convert_to_tensors(tensor_type=None if return_tensors == "auto" else return_tensors)
+        return inputs
+
+    def _assistant_masks(self, inputs: BatchFeature, conversation, chat_template, kwargs: dict) -> list[list[int]]:
+        """1 for every token that the assistant wrote, its pictures included; `(batch, length)`.
+
+        transformers 5.17 looks for the turns where they stood before placeholders were repeated. So the text is
+        masked as it was then, and every placeholder hands its own mask to all that it became.
+        """
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("tokenize", "return_tensors")}
+        kwargs |= {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        slots = iter([self._num_slots(np.asarray(grids)) for grids in inputs.get("image_grids", ())])
+        masks = []
+        for messages, ids in zip(_conversations(conversation), inputs["input_ids"]):
+            short = self.tokenizer.apply_chat_template(
+                getattr(messages, "messages", messages), chat_template=chat_template or self.chat_template, **kwargs
+            )
+            mask = []
+            for token, own in zip(short["input_ids"], short["assistant_masks"]):
+                mask += [own] * (next(slots) if token == self.image_token_id else 1)
+            if len(mask) > len(ids):
+                raise ValueError("Assistant masks and truncation do not go together.")
+            padding = [0] * (len(ids) - len(mask))
+            attended = inputs["attention_mask"][len(masks)]
+            masks.append(padding + mask if attended[-1] else mask + padding)
+        return masks
 
     def post_process_multimodal_output(
         self, generated_outputs, skip_special_tokens=True, generation_mode=None, **kwargs
@@ -160,10 +209,12 @@ def to_picture(pixels: torch.Tensor) -> Image.Image:
     """Pixels `(3, height, width)` in [-1, 1] -> a picture.
 
     Raises:
-        ValueError: If the shape is another, or a pixel is not finite.
+        ValueError: If the shape or dtype is another, or a pixel is not finite.
     """
-    if pixels.ndim != 3 or pixels.shape[0] != 3:
-        raise ValueError(f"Expected pixels of shape (3, height, width), got {tuple(pixels.shape)}.")
+    if pixels.ndim != 3 or pixels.shape[0] != 3 or not pixels.is_floating_point():
+        raise ValueError(
+            f"Expected float pixels of shape (3, height, width), got {pixels.dtype} of {tuple(pixels.shape)}."
+        )
     if not torch.isfinite(pixels).all():
         raise ValueError("The pixels hold NaN or infinite values; the model's weights or its dtype are at fault.")
     levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte()
@@ -179,16 +230,40 @@ def _count(images) -> int:
     return len(images) if getattr(images, "ndim", 3) == 4 else 1
 
 
+def _conversations(conversation) -> list:
+    """One conversation or a batch of them as a batch."""
+    if not conversation:
+        raise ValueError("The conversation has no turns.")
+    is_batch = isinstance(conversation, (list, tuple)) and not isinstance(conversation[0], dict)
+    return list(conversation) if is_batch else [conversation]
+
+
 def _texts_of(conversation):
-    """All text in one conversation or a batch of them."""
-    conversations = conversation if conversation and isinstance(conversation[0], (list, tuple)) else [conversation]
-    for messages in conversations:
-        for message in getattr(messages, "messages", messages):
-            content = message["content"]
-            if not content:
+    """Text and roles of one conversation or a batch of them, as far as they stand side by side in the sequence."""
+    for messages in _conversations(conversation):
+        messages = getattr(messages, "messages", messages)
+        if not messages:
+            raise ValueError("A conversation has no turns.")
+        for message in messages:
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                raise ValueError(f"A turn is a dict with a role and content, got {message!r}.")
+            yield message["role"]
+            content = message.get("content") or ""
+            items = [{"text": content}] if isinstance(content, str) else content
+            turn = "".join(map(_text_of, items))
+            if not turn.strip():
                 raise ValueError(f"A turn of the {message['role']} is empty.")
-            for item in [content] if isinstance(content, str) else content:
-                yield item if isinstance(item, str) else item.get("text") or ""
+            yield turn
+
+
+def _text_of(item) -> str:
+    """Text of one item of a turn's content; a picture parts the texts around it."""
+    if isinstance(item, dict):
+        if item.get("type") == "image" or "image" in item or "image_url" in item:
+            return "\0"
+        if isinstance(item.get("text"), str):
+            return item["text"]
+    raise ValueError(f"A turn holds text and pictures, got the item {str(item)[:200]}.")
 
 
 __all__ = ["NextFlowProcessor"]

@@ -60,9 +60,9 @@ def qwen_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: If a needed token is missing.
     """
-    tokenizer = AutoTokenizer.from_pretrained(path_or_id, extra_special_tokens=NAMED_TOKENS, padding_side="left")
-    vocabulary = tokenizer.get_vocab()
+    # Looked for before the tokens get their names: naming a token that is missing would add it as a new one.
+    vocabulary = AutoTokenizer.from_pretrained(path_or_id).get_vocab()
     missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
     if missing:
         raise ValueError(f"The tokenizer {path_or_id!r} lacks {missing}; NextFlow needs Qwen2.5's special tokens.")
-    return tokenizer
+    return AutoTokenizer.from_pretrained(path_or_id, extra_special_tokens=NAMED_TOKENS, padding_side="left")
