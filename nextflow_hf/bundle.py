@@ -22,13 +22,14 @@ from .training.stage_trainer import save_whole
 MAX_BYTES = 40 * 10**6
 
 
-def bundle(runs: Path, target: Path = Path(MINI), **evaluation) -> dict:
+def bundle(runs: Path, target: Path = Path(MINI), decoder: str = "orderly", **evaluation) -> dict:
     """Join decoder, tokenizer, processor, logs, scores and card in one folder.
 
     Args:
-        runs: Folder of the runs, with `decoder/final`, `tokenizer`, and `vq-decoder/final` (a better pixel decoder on
-            the same codes) if there is one.
+        runs: Folder of the runs, with the decoder's, `tokenizer`, and `vq-decoder/final` (a better pixel decoder on the
+            same codes) if there is one.
         target: Where the checkpoint goes. One that is there is replaced only by a better drawing score.
+        decoder: Name of the run whose `final` is bundled.
         evaluation: Arguments of `evaluate_scenes`.
 
     Returns:
@@ -38,7 +39,7 @@ def bundle(runs: Path, target: Path = Path(MINI), **evaluation) -> dict:
         ValueError: If the checkpoint is too large, or scores no better than the one that is there.
     """
     # 1. The decoder, with the best pixel decoder for its codes.
-    model = NextFlowForConditionalGeneration.from_pretrained(runs / "decoder" / "final").eval()
+    model = NextFlowForConditionalGeneration.from_pretrained(runs / decoder / "final").eval()
     if (runs / "vq-decoder" / "final").is_dir():
         model.set_vq_model(NextFlowVQModel.from_pretrained(runs / "vq-decoder" / "final").eval())
     tokenizer = PreTrainedTokenizerFast.from_pretrained(runs / "tokenizer")

@@ -110,8 +110,11 @@ def words_of(facts: Facts, relation_words: str | None = None, digits: bool = Fal
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Words that ask for a scene, different from call to call."""
-    objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
+    """Words that ask for a scene, different from call to call.
+
+    Objects are named in the scene's order, but two whose relation is told in either; one above another is always told.
+    """
+    objects = list(scene.objects)
     show_color = rng.random() < 0.75
     kinds = Counter((own.shape, own.color) for own in objects)
     background = scene.background if rng.random() < 0.3 else None
@@ -121,6 +124,11 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         size = own.size if len(objects) == 1 and rng.random() < 0.35 else None
         groups = [Group(len(objects), own.shape, own.color if show_color else None, size)]
     elif len(objects) == 2:
+        where = relation(*objects)
+        if where in ("left of", "right of") and rng.random() < 0.5:
+            where = None
+        if where is not None and rng.random() < 0.5:
+            objects, where = objects[::-1], opposite(where)
         a, b = objects
         show_size = a.size != b.size and rng.random() < 0.4
         # Two objects of one shape are told apart by their colours.
@@ -128,8 +136,6 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         groups = [
             Group(1, own.shape, own.color if show_color else None, own.size if show_size else None) for own in (a, b)
         ]
-        if rng.random() < 0.5:
-            where = relation(a, b)
     else:
         groups = [Group(count, shape, color) for (shape, color), count in kinds.items()]
     opening = OPENINGS[rng.integers(len(OPENINGS))] if rng.random() < 0.4 else ""

@@ -81,23 +81,33 @@ def is_trained(scene: Scene) -> bool:
     return all(split_of(key) == "train" for key in keys_of(scene))
 
 
-def sample_scene(rng: np.random.Generator, split: str = "train", lattice: tuple[int, int] = (4, 4)) -> Scene:
+def sample_scene(
+    rng: np.random.Generator, split: str = "train", lattice: tuple[int, int] = (4, 4), arrangement: str = "free"
+) -> Scene:
     """Draw a scene of a split.
 
     Args:
         rng: Source of randomness.
         split: "train": no held-out combination; "validation" or "test": at least one of that split's.
         lattice: (rows, columns).
+        arrangement: "free": objects lie anywhere with a free cell between them. "orderly": what there is decides where
+            it lies, but for the axis of two that differ. The codes of one scale are drawn independently of each
+            other, so a small model draws an orderly world long before it draws a free one.
 
     Raises:
-        ValueError: If there is no such split, or the lattice has fewer than 3 x 3 cells.
+        ValueError: If there is no such split or arrangement, or the lattice has fewer than 3 x 3 cells (4 x 4 where it
+            is orderly).
     """
+    if arrangement not in ("free", "orderly"):
+        raise ValueError(f'An arrangement is "free" or "orderly", got {arrangement!r}.')
+    if arrangement == "orderly" and min(lattice) < 4:
+        raise ValueError(f"An orderly arrangement needs a lattice of at least 4 x 4 cells, got {lattice}.")
     if split not in SPLITS:
         raise ValueError(f"A split is one of {SPLITS}, got {split!r}.")
     if min(lattice) < 3:
         raise ValueError(f"Scenes need a lattice of at least 3 x 3 cells, got {lattice}.")
     while True:
-        scene = _draw(rng, lattice)
+        scene = _draw(rng, lattice, arrangement)
         splits = {split_of(key) for key in keys_of(scene)}
         if (splits <= {"train"}) if split == "train" else (split in splits):
             return scene
@@ -125,10 +135,31 @@ def place(
     return cells
 
 
-def _draw(rng: np.random.Generator, lattice: tuple[int, int]) -> Scene:
+def arrange(rng: np.random.Generator, sizes: list[str], alike: bool) -> list[tuple[int, int]]:
+    """Where objects of these sizes lie in an orderly scene, in reading order.
+
+    One lies in the middle; two side by side or, where they differ, one above the other; three and four in the quarters.
+    """
+    if len(sizes) == 1:
+        return [(1, 1)]
+    if len(sizes) > 2:
+        return [(0, 0), (0, 3), (3, 0), (3, 3)][: len(sizes)]
+    if alike or rng.random() < 0.5:
+        return [(1, 0), (1, 2 if sizes[1] == "large" else 3)]
+    return [(0, 1), (2 if sizes[1] == "large" else 3, 1)]
+
+
+def _draw(rng: np.random.Generator, lattice: tuple[int, int], arrangement: str) -> Scene:
     while True:
         kinds, sizes = _draw_contents(rng)
-        cells = place(rng, sizes, lattice)
+        if arrangement == "orderly":
+            # Objects alike lie next to each other in reading order; of two, either may be the large one.
+            kinds = sorted(kinds, key=kinds.index)
+            if len(kinds) == 2 and rng.random() < 0.5:
+                kinds, sizes = kinds[::-1], sizes[::-1]
+            cells = arrange(rng, sizes, alike=len(set(kinds)) == 1)
+        else:
+            cells = place(rng, sizes, lattice)
         if cells is not None:
             break
     objects = tuple(SceneObject(shape, color, size, cell) for (color, shape), size, cell in zip(kinds, sizes, cells))

@@ -17,22 +17,29 @@ class SceneSource:
         num_pictures: How many.
         seed: Different seeds give different scenes.
         split: Which combinations may appear.
+        arrangement: "orderly" or "free"; see `sample_scene`.
     """
 
     def __init__(
-        self, size: tuple[int, int] = (64, 64), num_pictures: int = 100_000, seed: int = 0, split: str = "train"
+        self,
+        size: tuple[int, int] = (64, 64),
+        num_pictures: int = 100_000,
+        seed: int = 0,
+        split: str = "train",
+        arrangement: str = "orderly",
     ):
         self.size = tuple(size)
         self.num_pictures = num_pictures
         self.seed = seed
         self.split = split
+        self.arrangement = arrangement
 
     def __len__(self) -> int:
         return self.num_pictures
 
     def scene(self, index: int) -> Scene:
         """Facts of picture `index`."""
-        return sample_scene(np.random.default_rng((self.seed, index)), self.split)
+        return sample_scene(np.random.default_rng((self.seed, index)), self.split, arrangement=self.arrangement)
 
     def image(self, index: int) -> np.ndarray:
         """Picture `index`: uint8 `(height, width, 3)`."""

@@ -109,6 +109,24 @@ def test_items_do_not_depend_on_order_or_run():
     assert SceneSource(seed=4).scene(5) != one.scene(5)
 
 
+def test_in_an_orderly_scene_contents_decide_places():
+    """But for the axis of two that differ, and the caption always tells when it is the vertical one."""
+    rng = np.random.default_rng(0)
+    places = {}
+    for _ in range(2000):
+        scene = sample_scene(rng, arrangement="orderly")
+        alike = len({(own.color, own.shape) for own in scene.objects}) == 1
+        if len(scene.objects) == 2 and not alike:
+            where = relation(*scene.objects)
+            assert where in ("left of", "above")
+            if where == "above":
+                assert parse(caption(scene, rng)).relation in ("above", "below")
+        else:
+            key = (len(scene.objects), alike, tuple(own.size for own in scene.objects))
+            cells = tuple(own.cell for own in scene.objects)
+            assert places.setdefault(key, cells) == cells
+
+
 def test_facts_survive_json(scenes):
     for scene in scenes[:50]:
         assert Scene.from_dict(json.loads(json.dumps(scene.to_dict()))) == scene
@@ -217,6 +235,8 @@ def test_the_referee_refuses_what_is_no_picture(bad):
         (lambda: render(Scene(()), (8, 8)), "too small"),
         (lambda: sample_scene(np.random.default_rng(0), "dev"), "split"),
         (lambda: sample_scene(np.random.default_rng(0), "train", (2, 2)), "lattice"),
+        (lambda: sample_scene(np.random.default_rng(0), arrangement="tidy"), "arrangement"),
+        (lambda: sample_scene(np.random.default_rng(0), lattice=(3, 3), arrangement="orderly"), "4 x 4"),
         (lambda: make_prompts("style"), "category"),
     ],
 )
