@@ -132,12 +132,25 @@ def layout_sequences(
     attention_mask: torch.Tensor | None,
     image_grids: Sequence[tuple[Grid, ...]],
     config: NextFlowConfig,
+    document_ids: torch.LongTensor | None = None,
 ) -> SequenceLayout:
-    """Positions and blocks of `(batch, length)` sequences of text and images. Padding may stand on either side."""
+    """Positions and blocks of `(batch, length)` sequences of text and images. Padding may stand on either side.
+
+    Args:
+        input_ids: `(batch, length)`.
+        attention_mask: `(batch, length)`, 0 at padding.
+        image_grids: Scales of each image, in order of row and column.
+        config: The decoder's configuration.
+        document_ids: `(batch, length)` for packed rows: positions start anew with every document.
+    """
     device = input_ids.device
     spans = find_images(input_ids, image_grids, config)
-    valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(torch.long)
-    time = (valid.cumsum(1) - 1).clamp(min=0)
+    if document_ids is None:
+        valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(torch.long)
+        time = (valid.cumsum(1) - 1).clamp(min=0)
+        document_ids = torch.zeros_like(input_ids)
+    else:
+        time = positions_in_documents(document_ids)
     position_ids = time.float().expand(3, -1, -1).clone()
     block_ids = torch.full_like(input_ids, -1)
     time_offsets = torch.zeros(len(input_ids), dtype=torch.long, device=device)
@@ -151,9 +164,18 @@ def layout_sequences(
         block_ids[span.row, first:end] = blocks + next_block
         next_block += span.num_blocks
         saved = span.num_slots - span.num_blocks
-        position_ids[:, span.row, end:] -= saved
+        follows = document_ids[span.row, end:] == document_ids[span.row, span.start]
+        position_ids[:, span.row, end:] -= saved * follows
         time_offsets[span.row] += saved
     return SequenceLayout(spans, position_ids, block_ids, time_offsets)
+
+
+def positions_in_documents(document_ids: torch.LongTensor) -> torch.LongTensor:
+    """Position of each token within its own document: `(batch, length)`."""
+    columns = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    opens = torch.ones_like(document_ids, dtype=torch.bool)
+    opens[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return columns - torch.where(opens, columns, 0).cummax(dim=1).values
 
 
 @lru_cache(maxsize=256)

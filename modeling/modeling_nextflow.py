@@ -18,13 +18,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .block_attention import BLOCK_VARLEN, find_runs
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextScaleGenerationMixin
-from .image_layout import ImageSpan, SequenceLayout, layout_sequences, read_grids
+from .image_layout import ImageSpan, SequenceLayout, layout_sequences, positions_in_documents, read_grids
 from .modeling_nextflow_vq import NextFlowVQModel
 from .scale_schedule import Grid
 
@@ -270,6 +271,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         block_sequence_ids: torch.LongTensor | None = None,
+        document_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> NextFlowModelOutput:
@@ -288,10 +290,16 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 their tokens, unless `input_ids` stand beside it.
             block_sequence_ids: `(batch, past + length)` block of each position, -1 for causal ones; made from the
                 inputs by default.
+            document_ids: `(batch, length)` for packed rows: the document of each position, -1 at padding. A document
+                sees itself alone, its positions start at 0, and its last token predicts nothing. Stands in place of
+                `attention_mask`, without a cache.
             use_cache: Whether to return a cache.
         """
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Give `input_ids` or `inputs_embeds`.")
+        if document_ids is not None:
+            _check_documents(document_ids, inputs_embeds if input_ids is None else input_ids, past_key_values)
+            attention_mask = (document_ids >= 0).long()
         layout = None
         has_images = image_codes is not None or pixel_values is not None
         if inputs_embeds is None:
@@ -309,7 +317,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
                     self._check_grids(own, grids.index(own))
             if len(image_codes) != len(grids):
                 raise ValueError(f"Codes of {len(image_codes)} images were given, but grids of {len(grids)}.")
-            layout = layout_sequences(input_ids, attention_mask, grids, self.config)
+            layout = layout_sequences(input_ids, attention_mask, grids, self.config, document_ids)
             inputs_embeds = self.embed_images(inputs_embeds, layout.spans, image_codes)
             position_ids = layout.position_ids if position_ids is None else position_ids
             block_sequence_ids = layout.block_ids if block_sequence_ids is None else block_sequence_ids
@@ -318,8 +326,10 @@ class NextFlowModel(NextFlowPreTrainedModel):
 
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
-            position_ids = _text_positions(inputs_embeds, attention_mask, past_length)
-        mask = self._attention_mask(inputs_embeds, attention_mask, past_key_values, block_sequence_ids, kwargs)
+            position_ids = _text_positions(inputs_embeds, attention_mask, past_length, document_ids)
+        mask = self._attention_mask(
+            inputs_embeds, attention_mask, past_key_values, block_sequence_ids, document_ids, kwargs
+        )
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=mask,
@@ -351,19 +361,31 @@ class NextFlowModel(NextFlowPreTrainedModel):
         except ValueError as error:
             raise ValueError(f"`image_grids` of image {index}: {error}") from error
 
-    def _attention_mask(self, inputs_embeds, attention_mask, past_key_values, block_sequence_ids, kwargs) -> dict:
-        """The finished mask for each kind of layer: causal, and two-sided within a block."""
+    def _attention_mask(
+        self, inputs_embeds, attention_mask, past_key_values, block_sequence_ids, document_ids, kwargs
+    ) -> dict:
+        """The finished mask for each kind of layer: within a document causal, and two-sided within a block."""
         if isinstance(attention_mask, dict):
             return attention_mask
         if block_sequence_ids is not None and not bool((block_sequence_ids >= 0).any()):
             block_sequence_ids = None
+        past_length = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         if attention_mask is None:
             # Without a mask, positions that do not grow by one would be taken for packed sequences.
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             attention_mask = inputs_embeds.new_ones(
-                (inputs_embeds.shape[0], int(past_length) + inputs_embeds.shape[1]), dtype=torch.long
+                (inputs_embeds.shape[0], past_length + inputs_embeds.shape[1]), dtype=torch.long
             )
         implementation = self.config.text_config._attn_implementation or ""
+        if implementation == BLOCK_VARLEN and past_length == 0 and _is_contiguous(attention_mask):
+            documents = attention_mask.long() - 1 if document_ids is None else document_ids
+            blocks = torch.full_like(documents, -1) if block_sequence_ids is None else block_sequence_ids
+            kwargs["runs"] = find_runs(blocks, documents)
+            return {"full_attention": None}
+        if document_ids is not None and "flash" in implementation:
+            raise ValueError(
+                f'"{implementation}" cannot keep packed documents apart here. Load the model with '
+                f'attn_implementation="{BLOCK_VARLEN}", "sdpa" or "flex_attention".'
+            )
         if block_sequence_ids is not None and "flash" in implementation:
             queries = block_sequence_ids[:, -inputs_embeds.shape[1] :]
             one_whole_block = bool((queries >= 0).all() and (queries == queries[:, :1]).all())
@@ -381,6 +403,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             block_sequence_ids=block_sequence_ids,
+            and_mask_function=None if document_ids is None else packed_sequence_mask_function(document_ids),
         )
         return {"full_attention": mask}
 
@@ -451,6 +474,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextScaleGenerat
         labels: torch.LongTensor | None = None,
         image_labels: torch.LongTensor | None = None,
         shift_labels: torch.LongTensor | None = None,
+        document_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
@@ -475,6 +499,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextScaleGenerat
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            document_ids=document_ids,
             use_cache=use_cache,
             return_dict=True,
             **kwargs,
@@ -486,6 +511,9 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextScaleGenerat
             logits = self.lm_head(hidden_states[:, kept])
         if shift_labels is None and labels is not None:
             shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+            if document_ids is not None:
+                same_document = F.pad(document_ids, (0, 1), value=-1)[:, 1:] == document_ids
+                shift_labels = shift_labels.masked_fill(~same_document, -100)
         if shift_labels is not None:
             text_loss = self._text_loss(hidden_states, shift_labels)
         if image_labels is not None:
@@ -573,9 +601,34 @@ def _group(items, key) -> dict:
     return groups
 
 
-def _text_positions(inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_length) -> torch.Tensor:
+def _is_contiguous(attention_mask: torch.Tensor) -> bool:
+    """Whether every row of a `(batch, length)` mask is one stretch, with padding before and behind it alone."""
+    if attention_mask.ndim != 2:
+        return False
+    valid = F.pad(attention_mask.bool().int(), (1, 0))
+    return bool((valid.diff(dim=1) > 0).sum(dim=1).le(1).all())
+
+
+def _check_documents(document_ids: torch.Tensor, inputs: torch.Tensor, past_key_values: Cache | None) -> None:
+    if document_ids.shape != inputs.shape[:2]:
+        raise ValueError(
+            f"`document_ids` must have the shape of the inputs, {tuple(inputs.shape[:2])}, got "
+            f"{tuple(document_ids.shape)}."
+        )
+    if past_key_values is not None and int(past_key_values.get_seq_length()) > 0:
+        raise ValueError("Packed documents cannot follow a cache: `document_ids` describe whole rows.")
+
+
+def _text_positions(
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_length,
+    document_ids: torch.LongTensor | None = None,
+) -> torch.Tensor:
     """Positions `(batch, length)` of text that follows `past_length` positions of text; padding does not count."""
     length = inputs_embeds.shape[1]
+    if document_ids is not None:
+        return positions_in_documents(document_ids)
     if attention_mask is None or isinstance(attention_mask, dict) or attention_mask.ndim != 2:
         return (torch.arange(length, device=inputs_embeds.device) + past_length).expand(len(inputs_embeds), -1)
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]

@@ -1,0 +1,125 @@
+"""Rows of several documents, and attention run by run."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import small_model
+from test_decoder import batch_of_images
+
+from nextflow_hf.modeling.block_attention import Run, find_runs
+from nextflow_hf.modeling.image_layout import positions_in_documents
+
+TEXT_ONLY = torch.tensor([7, 9, 11, 12, 13])
+
+
+@pytest.fixture(params=["eager", "sdpa", "block_varlen"])
+def model(request):
+    model = small_model()
+    model.model.language_model.set_attn_implementation(request.param)
+    return model
+
+
+def documents(model):
+    """Two documents with pictures of different shapes, as batches of one."""
+    batch = batch_of_images(model.config)
+    for row in range(2):
+        length = int(batch["attention_mask"][row].sum())
+        yield {
+            "input_ids": batch["input_ids"][row : row + 1, :length],
+            "image_codes": batch["image_codes"][row : row + 1],
+            "image_grids": batch["image_grids"][row : row + 1],
+        }
+
+
+def packed(parts, gap=0):
+    """One row of all documents, with text alone in the middle and `gap` columns of padding at the end."""
+    ids = [parts[0]["input_ids"][0], TEXT_ONLY, parts[1]["input_ids"][0], torch.zeros(gap, dtype=torch.long)]
+    return {
+        "input_ids": torch.cat(ids)[None],
+        "document_ids": torch.cat([torch.full_like(own, i) for i, own in enumerate([*ids[:3], ids[3] - 1])])[None],
+        "image_codes": torch.cat([part["image_codes"] for part in parts]),
+        "image_grids": torch.cat([part["image_grids"] for part in parts]),
+    }
+
+
+def test_a_packed_document_is_what_it_is_alone(model):
+    parts = list(documents(model))
+    row = packed(parts, gap=3)
+    row["document_ids"][0, -3:] = -1
+    together = model.model(**row).last_hidden_state[0]
+    alone = [
+        model.model(**parts[0]).last_hidden_state[0],
+        model.model(input_ids=TEXT_ONLY[None]).last_hidden_state[0],
+        model.model(**parts[1]).last_hidden_state[0],
+    ]
+    torch.testing.assert_close(together[:-3], torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_packed_loss_and_gradients_equal_padded(model):
+    parts = list(documents(model))
+    row = packed(parts)
+    length = max(part["input_ids"].shape[1] for part in parts)
+    ids = [parts[0]["input_ids"][0], TEXT_ONLY, parts[1]["input_ids"][0]]
+    padded_ids = torch.stack([F.pad(own, (0, length - len(own)), value=0) for own in ids])
+    mask = torch.stack([F.pad(torch.ones_like(own), (0, length - len(own))) for own in ids])
+    labels = torch.where(mask.bool(), padded_ids, -100)
+    image_labels = row["image_codes"].masked_fill(row["image_codes"] < 0, -100)
+    images = {name: row[name] for name in ("image_codes", "image_grids")}
+    losses = {}
+    for name, batch in (
+        ("packed", {**row, "labels": row["input_ids"]}),
+        ("padded", {"input_ids": padded_ids, "attention_mask": mask, "labels": labels, **images}),
+    ):
+        model.zero_grad()
+        output = model(**batch, image_labels=image_labels)
+        output.loss.backward()
+        losses[name] = (output.text_loss, output.image_loss, model.model.connector.linear_1.weight.grad.clone())
+    for own, other in zip(losses["packed"], losses["padded"]):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
+
+
+def test_run_by_run_equals_the_mask_with_padding_on_both_sides():
+    batch = batch_of_images(small_model().config)
+    flipped = {
+        **batch,
+        "input_ids": torch.stack(
+            [row.roll(int((mask == 0).sum())) for row, mask in zip(batch["input_ids"], batch["attention_mask"])]
+        ),
+        "attention_mask": batch["attention_mask"].flip(1),
+    }
+    for own in (batch, flipped):
+        outputs = []
+        for implementation in ("sdpa", "block_varlen"):
+            model = small_model()
+            model.model.language_model.set_attn_implementation(implementation)
+            outputs.append(model.model(**own).last_hidden_state[own["attention_mask"].bool()])
+        torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+
+
+def test_run_by_run_draws_the_same_codes():
+    prompt = torch.tensor([[7, 8, 9]])
+    codes = []
+    for implementation in ("sdpa", "block_varlen"):
+        model = small_model()
+        model.model.language_model.set_attn_implementation(implementation)
+        codes.append(model.generate(prompt, generation_mode="image", image_size=(32, 32), seed=3).codes[0])
+    assert torch.equal(*codes)
+
+
+def test_runs_of_a_row():
+    blocks = torch.tensor([[-1, -1, 0, 0, 1, -1, -1, -1, 2, -1]])
+    documents = torch.tensor([[0, 0, 0, 0, 0, 0, 1, 1, 1, -1]])
+    assert find_runs(blocks, documents) == [
+        [Run(0, 2, 0, True), Run(2, 4, 0, False), Run(4, 5, 0, False), Run(5, 6, 0, True)]
+        + [Run(6, 8, 6, True), Run(8, 9, 6, False)]
+    ]
+    assert positions_in_documents(documents)[0, :9].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2]
+
+
+def test_documents_are_checked():
+    model = small_model()
+    with pytest.raises(ValueError, match="shape of the inputs"):
+        model(input_ids=TEXT_ONLY[None], document_ids=torch.zeros(1, 4, dtype=torch.long))
+    cache = model(input_ids=TEXT_ONLY[None], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="cannot follow a cache"):
+        model(input_ids=TEXT_ONLY[None], document_ids=torch.zeros(1, 5, dtype=torch.long), past_key_values=cache)
