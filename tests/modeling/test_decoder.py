@@ -320,13 +320,13 @@ def test_flash_attention_is_taken_where_it_is_exact(model):
     model.config.text_config._attn_implementation_internal = "flash_attention_2"
     cache, embeds, kwargs = DynamicCache(), torch.zeros(1, 4, 32), {}
     block = torch.tensor([[-1, -1, 0, 0, 0, 0]])
-    mask = model.model._attention_mask(embeds, torch.ones(1, 6), cache, block, kwargs)
+    mask = model.model._attention_mask(embeds, torch.ones(1, 6), cache, block, None, kwargs)
     assert mask == {"full_attention": None} and kwargs == {"is_causal": False}
     for refused in (torch.tensor([[-1, -1, -1, 0, 0, 0]]), torch.tensor([[-1, -1, 0, 0, 1, 1]])):
         with pytest.raises(ValueError, match="both directions"):
-            model.model._attention_mask(embeds, torch.ones(1, 6), cache, refused, {})
+            model.model._attention_mask(embeds, torch.ones(1, 6), cache, refused, None, {})
     with pytest.raises(ValueError, match="both directions"):
-        model.model._attention_mask(embeds, torch.tensor([[0, 1, 1, 1, 1, 1]]), cache, block, {})
+        model.model._attention_mask(embeds, torch.tensor([[0, 1, 1, 1, 1, 1]]), cache, block, None, {})
 
 
 @pytest.mark.parametrize(
