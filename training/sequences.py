@@ -1,9 +1,10 @@
-"""Training sequences: a picture and its words as the tokens, labels and codes that the decoder learns from.
+"""Training sequences: a document's words and pictures as the tokens, labels and codes that the decoder learns from.
 
 The text around a picture is the chat template's (ChatML), so that training and inference see the same tokens.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -14,13 +15,30 @@ from ..modeling.scale_schedule import Grid
 IGNORED = -100
 
 
+class CodedImage(NamedTuple):
+    """A picture as codes.
+
+    Attributes:
+        codes: The nearest code of every position, scale by scale: what is learned.
+        grids: The scales.
+        input_codes: What the slots are fed; `codes` where self-correction has sampled none.
+    """
+
+    codes: Sequence[int]
+    grids: tuple[Grid, ...]
+    input_codes: Sequence[int] | None = None
+
+
 class SequenceBuilder:
-    """Builds sequences around one picture.
+    """Builds the sequence of a document.
+
+    A sequence is a dict: `input_ids` and `labels` of equal length, and one entry per image in `codes` (fed),
+    `image_labels` (predicted; `IGNORED` in context) and `grids`.
 
     Args:
-        tokenizer: The text tokenizer.
+        tokenizer: The text tokenizer; a fast one, which tells where a token's text stands.
         config: The decoder's configuration.
-        prefix_scales: Train the first so many scales only; the sequence then ends with the last of their slots.
+        prefix_scales: Train the first so many scales only; a sequence then ends with the last of their slots.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: NextFlowConfig, prefix_scales: int | None = None):
@@ -29,72 +47,142 @@ class SequenceBuilder:
         self.prefix_scales = prefix_scales
         self.end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
 
-    def draw(self, prompt: str | None, codes: Sequence[int], grids: tuple[Grid, ...]) -> dict:
+    def build(self, messages: Sequence[dict], images: Sequence[CodedImage], without_prompt: bool = False) -> dict:
+        """The sequence of a document.
+
+        Args:
+            messages: Turns as in chat templates: `role`, and `content` as text or as a list of {"type": "text", "text":
+                ...} and {"type": "image"}. Loss is on the turns of the assistant. A single turn without a role is a
+                document without turns, with loss on everything.
+            images: The pictures, in order.
+            without_prompt: Leave out all that stands before the last turn, for classifier-free guidance.
+
+        Raises:
+            ValueError: If pictures and places for them differ in number.
+        """
+        places = sum(part["type"] == "image" for turn in messages for part in _parts(turn))
+        if places != len(images):
+            raise ValueError(f"The document has places for {places} pictures, but {len(images)} were given.")
+        if without_prompt:
+            answer = {**messages[-1], "role": None}
+            kept = sum(part["type"] == "image" for part in _parts(answer))
+            return self._join([[*_marked(answer), ("<|im_end|>", True)]], images[len(images) - kept :], opens=False)
+        turns = []
+        for number, turn in enumerate(messages):
+            learned = turn["role"] in (None, "assistant")
+            before, after = ("", "") if turn["role"] is None else (f"<|im_start|>{turn['role']}\n", "<|im_end|>")
+            gap = "\n" if number else ""
+            turns.append([(gap + before, False), *_marked(turn, learned), (after, learned)])
+        return self._join(turns, images, opens=messages[0]["role"] is not None)
+
+    def draw(
+        self,
+        prompt: str | None,
+        codes: Sequence[int],
+        grids: tuple[Grid, ...],
+        input_codes: Sequence[int] | None = None,
+    ) -> dict:
         """A prompt and the picture that answers it; loss on the picture. No prompt: the picture alone, for guidance."""
-        if prompt is None:
-            text = []
-        else:
-            text = self._ids(f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n")
-        whole = self.prefix_scales is None or self.prefix_scales >= len(grids)
-        blocks = grids[1:] if whole else grids[1 : self.prefix_scales]
-        image = [self.config.boi_token_id, *[self.config.image_token_id] * _cells(blocks)]
-        labels = [IGNORED if prompt is None else self.config.boi_token_id, *[IGNORED] * _cells(blocks)]
-        if whole:
-            image += [self.config.eoi_token_id, self.end_of_turn]
-            labels += [IGNORED, self.end_of_turn]
-        return {
-            "input_ids": text + image,
-            "labels": [IGNORED] * len(text) + labels,
-            "codes": codes,
-            "image_labels": codes[: _cells(grids[:1] + blocks)],
-            "grids": grids,
-        }
+        messages = [{"role": "user", "content": prompt or ""}, {"role": "assistant", "content": [{"type": "image"}]}]
+        return self.build(messages, [CodedImage(codes, grids, input_codes)], without_prompt=prompt is None)
 
     def read(self, question: str, answer: str, codes: Sequence[int], grids: tuple[Grid, ...]) -> dict:
         """A picture with a question, and the answer; loss on the answer."""
-        slots = _cells(grids[1:])
-        if self.config.context_image == "scales+final":
-            slots += _cells(grids[-1:])
-        before = self._ids("<|im_start|>user\n")
-        image = [self.config.boi_token_id, *[self.config.image_token_id] * slots, self.config.eoi_token_id]
-        after = self._ids(f"{question}<|im_end|>\n<|im_start|>assistant\n")
-        reply = [*self._ids(answer), self.end_of_turn]
-        return {
-            "input_ids": before + image + after + reply,
-            "labels": [IGNORED] * (len(before) + len(image) + len(after)) + reply,
-            "codes": codes,
-            "image_labels": [],
-            "grids": grids,
-        }
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+        return self.build(messages, [CodedImage(codes, grids)])
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+    def _join(self, turns: list[list[tuple]], images: Sequence[CodedImage], opens: bool) -> dict:
+        """Tokens and labels of pieces (text or `None` for an image, whether it is learned)."""
+        sequence = {"input_ids": [], "labels": [], "codes": [], "image_labels": [], "grids": []}
+        left = list(images)
+        waiting: list[tuple[str, bool]] = []
+        for text, learned in (piece for turn in turns for piece in turn):
+            if text is not None:
+                waiting.append((text, learned))
+                continue
+            self._add_text(sequence, waiting)
+            waiting = []
+            if not self._add_image(sequence, left.pop(0), learned):
+                return self._without_first_label(sequence)
+        self._add_text(sequence, waiting)
+        return sequence if opens else self._without_first_label(sequence)
+
+    @staticmethod
+    def _without_first_label(sequence: dict) -> dict:
+        """Nothing stands before the first token, so nothing predicts it."""
+        sequence["labels"][0] = IGNORED
+        return sequence
+
+    def _add_text(self, sequence: dict, pieces: list[tuple[str, bool]]) -> None:
+        """Tokenize neighbouring pieces as one text, as inference does; a token's label is that of where it starts."""
+        text = "".join(piece for piece, _ in pieces)
+        if not text:
+            return
+        learned = [flag for piece, flag in pieces for _ in piece]
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        sequence["input_ids"] += encoded.input_ids
+        sequence["labels"] += [
+            token if learned[start] else IGNORED for token, (start, _) in zip(encoded.input_ids, encoded.offset_mapping)
+        ]
+
+    def _add_image(self, sequence: dict, image: CodedImage, learned: bool) -> bool:
+        """Append an image; whether the sequence goes on behind it."""
+        whole = not learned or self.prefix_scales is None or self.prefix_scales >= len(image.grids)
+        blocks = image.grids[1:] if whole else image.grids[1 : self.prefix_scales]
+        if not learned and self.config.context_image == "scales+final":
+            blocks = (*blocks, image.grids[-1])
+        slots = _cells(blocks)
+        sequence["input_ids"] += [self.config.boi_token_id, *[self.config.image_token_id] * slots]
+        sequence["labels"] += [self.config.boi_token_id if learned else IGNORED, *[IGNORED] * slots]
+        if whole:
+            sequence["input_ids"].append(self.config.eoi_token_id)
+            sequence["labels"].append(IGNORED)
+        codes = list(image.codes)
+        predicted = _cells(image.grids[:1] + tuple(blocks)) if learned else 0
+        sequence["codes"].append(codes if image.input_codes is None else list(image.input_codes))
+        sequence["image_labels"].append(codes[:predicted] + [IGNORED] * (len(codes) - predicted))
+        sequence["grids"].append(image.grids)
+        return whole
 
     def collate(self, items: list[dict]) -> dict[str, torch.Tensor]:
         """Pad to the longest sequence on the right, and stack."""
-        pad = self.tokenizer.pad_token_id
-        input_ids = _pad([item["input_ids"] for item in items], pad)
+        input_ids = pad_rows([item["input_ids"] for item in items], self.tokenizer.pad_token_id)
         lengths = torch.tensor([len(item["input_ids"]) for item in items])
         return {
             "input_ids": input_ids,
             "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
-            "labels": _pad([item["labels"] for item in items], IGNORED),
-            "image_codes": _pad([item["codes"] for item in items], -1),
-            "image_labels": _pad([item["image_labels"] for item in items], IGNORED, _longest(items)),
-            "image_grids": torch.nn.utils.rnn.pad_sequence(
-                [torch.tensor(item["grids"]) for item in items], batch_first=True
-            ),
+            "labels": pad_rows([item["labels"] for item in items], IGNORED),
+            **stack_images(items),
         }
 
 
-def _longest(items: list[dict]) -> int:
-    return max(len(item["codes"]) for item in items)
+def stack_images(items: Sequence[dict]) -> dict[str, torch.Tensor]:
+    """Codes, labels and grids of all images of the sequences, in order; empty if there are none."""
+    grids = [own for item in items for own in item["grids"]]
+    if not grids:
+        return {}
+    return {
+        "image_codes": pad_rows([own for item in items for own in item["codes"]], -1),
+        "image_labels": pad_rows([own for item in items for own in item["image_labels"]], IGNORED),
+        "image_grids": torch.nn.utils.rnn.pad_sequence([torch.tensor(own) for own in grids], batch_first=True),
+    }
+
+
+def pad_rows(rows: Sequence[Sequence[int]], value: int) -> torch.LongTensor:
+    """Rows of unequal length, filled up on the right."""
+    length = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows], dtype=torch.long)
+
+
+def _parts(turn: dict) -> list[dict]:
+    content = turn["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _marked(turn: dict, learned: bool = True) -> list[tuple[str | None, bool]]:
+    return [(part["text"] if part["type"] == "text" else None, learned) for part in _parts(turn)]
 
 
 def _cells(grids: Sequence[Grid]) -> int:
     return sum(height * width for height, width in grids)
-
-
-def _pad(rows: list[Sequence[int]], value: int, length: int | None = None) -> torch.LongTensor:
-    length = max(len(row) for row in rows) if length is None else length
-    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])

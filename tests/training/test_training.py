@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dots import SQUARE, Dots, codes_of
 from safetensors.torch import load_file
 from small_models import small_config, small_model
 
 import nextflow_hf
 from nextflow_hf.modeling.modeling_nextflow_vq import NextFlowVQModel
 from nextflow_hf.processing.image_processing_base_nextflow import buckets_from_schedule
-from nextflow_hf.processing.tokenization_nextflow import train_tokenizer
 from nextflow_hf.training.code_extraction import extract_codes
 from nextflow_hf.training.data import load_source, to_pixels
 from nextflow_hf.training.recipe import RECIPES, Recipe, load_recipe
@@ -19,50 +19,6 @@ from nextflow_hf.training.sequences import SequenceBuilder
 from nextflow_hf.training.stage_trainer import check_writable, run_stage, save_whole
 from nextflow_hf.training.stages import STAGES, run_recipe
 from nextflow_hf.training.train_decoder import DrawAndReadDataset
-
-SQUARE = ((1, 1), (2, 2), (3, 3), (4, 4))
-
-
-class Dots:
-    """Eight pictures of one bright spot, with words."""
-
-    def __init__(self, size=32, pictures=8):
-        self.size, self.pictures = size, pictures
-
-    def __len__(self):
-        return self.pictures
-
-    def image(self, index):
-        picture = np.zeros((self.size, self.size, 3), np.uint8)
-        picture[4 * (index % 8) : 4 * (index % 8) + 4, 4:12] = 255
-        return picture
-
-    def prompt(self, index, rng):
-        return f"dot {index}" if rng.random() < 0.5 else f"draw dot {index}"
-
-    def question(self, index, rng):
-        return "which", f"dot {index}"
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(["user\ndraw dot 1 which", "assistant\ndot 2"] * 50, 290)
-
-
-@pytest.fixture(scope="module")
-def builder(tokenizer):
-    text = small_config().text_config.to_dict()
-    text = {
-        **text,
-        "vocab_size": 322,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
-    }
-    return SequenceBuilder(tokenizer, small_config(text_config=text, code_start_id=290))
-
-
-def codes_of(n=30):
-    return list(range(n))
-
 
 # ---- sequences -------------------------------------------------------------------------------------------------------
 
@@ -99,10 +55,10 @@ def test_loss_is_on_the_response_alone(builder):
     drawing = builder.draw("draw dot 1", codes_of(), SQUARE)
     labelled = [token for token in drawing["labels"] if token != -100]
     assert labelled == [builder.config.boi_token_id, builder.end_of_turn]
-    assert drawing["image_labels"] == codes_of()
+    assert drawing["image_labels"] == [codes_of()]
     reading = builder.read("which", "dot 1", codes_of(), SQUARE)
     labelled = [token for token in reading["labels"] if token != -100]
-    assert builder.tokenizer.decode(labelled) == "dot 1<|im_end|>" and reading["image_labels"] == []
+    assert builder.tokenizer.decode(labelled) == "dot 1<|im_end|>" and set(reading["image_labels"][0]) == {-100}
 
 
 def test_without_a_prompt_only_the_picture_is_left(builder):
@@ -114,8 +70,9 @@ def test_without_a_prompt_only_the_picture_is_left(builder):
 
 def test_a_prefix_stops_after_its_last_slot(builder):
     prefix = SequenceBuilder(builder.tokenizer, builder.config, prefix_scales=3).draw(None, codes_of(), SQUARE)
-    assert len(prefix["input_ids"]) == 1 + 4 + 9 and len(prefix["image_labels"]) == 1 + 4 + 9
-    assert prefix["grids"] == SQUARE  # the picture's length is still told
+    assert len(prefix["input_ids"]) == 1 + 4 + 9
+    assert prefix["image_labels"] == [codes_of(14) + [-100] * 16]
+    assert prefix["grids"] == [SQUARE]  # the picture's length is still told
 
 
 def test_collated_loss_equals_the_mean_of_the_items(builder):
@@ -135,7 +92,9 @@ def test_items_do_not_depend_on_when_they_are_read(builder):
     assert len(dataset) == 32
     first = [dataset[index] for index in range(32)]
     assert [dataset[index] for index in reversed(range(32))][::-1] == first
-    kinds = ["read" if not own["image_labels"] else "bare" if own["input_ids"][0] == 3 else "draw" for own in first]
+    kinds = [
+        "read" if own["image_labels"][0][0] == -100 else "bare" if own["input_ids"][0] == 3 else "draw" for own in first
+    ]
     assert {"read", "bare", "draw"} == set(kinds)
 
 

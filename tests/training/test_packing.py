@@ -1,0 +1,91 @@
+import pytest
+import torch
+from dots import SQUARE, codes_of
+from small_models import small_model
+
+import nextflow_hf
+from nextflow_hf.modeling.configuration_nextflow import NextFlowConfig
+from nextflow_hf.modeling.image_layout import layout_sequences
+from nextflow_hf.training.packing import (
+    PackedSequences,
+    SequenceCost,
+    attended_pairs,
+    collate_packed,
+    first_fit_decreasing,
+    tokens_of,
+)
+from nextflow_hf.training.sequences import CodedImage
+
+
+def text_of(length):
+    return {"input_ids": [7] * length, "labels": [7] * length, "codes": [], "image_labels": [], "grids": []}
+
+
+def mixed(builder):
+    """Drawing, reading, text alone and a document of two pictures."""
+    image = CodedImage(codes_of(), SQUARE)
+    story = [{"role": None, "content": [{"type": "image"}, {"type": "text", "text": "dot 1"}, {"type": "image"}]}]
+    return [
+        builder.draw("draw dot 1", codes_of(), SQUARE),
+        builder.read("which", "dot 2", codes_of()[::-1], SQUARE),
+        builder.build([{"role": None, "content": "draw dot 1 which"}], []),
+        builder.build(story, [image, CodedImage(codes_of()[::-1], SQUARE)]),
+    ]
+
+
+def test_packed_loss_equals_padded_loss(builder):
+    torch.manual_seed(0)
+    model = nextflow_hf.NextFlowForConditionalGeneration(builder.config).eval()
+    items = mixed(builder)
+    padded = model(**builder.collate(items))
+    for bins in (first_fit_decreasing(items, 1000, tokens_of), first_fit_decreasing(items, 80, tokens_of)):
+        packed = model(**collate_packed(bins))
+        torch.testing.assert_close(packed.loss, padded.loss, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(packed.text_loss, padded.text_loss, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(packed.image_loss, padded.image_loss, rtol=1e-5, atol=1e-5)
+
+
+def test_every_sequence_is_packed_once_and_none_overflows():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 100, (1000,), generator=generator).tolist()
+    bins = list(PackedSequences([text_of(n) for n in lengths], capacity=128, window=64))
+    assert sorted(len(item["input_ids"]) for own in bins for item in own.items) == sorted(lengths)
+    assert all(own.size == sum(map(tokens_of, own.items)) <= 128 for own in bins)
+    fill = sum(own.size for own in bins) / (128 * len(bins))
+    assert fill > 0.95
+    again = list(PackedSequences([text_of(n) for n in lengths], capacity=128, window=64))
+    assert again == bins
+
+
+def test_rows_are_bounded_whatever_they_cost():
+    bins = list(PackedSequences([text_of(10)] * 50, capacity=1e9, max_tokens=35, window=20))
+    assert {len(own.items) for own in bins} <= {1, 2, 3} and sum(len(own.items) for own in bins) == 50
+
+
+def test_a_sequence_larger_than_a_bin_is_an_error():
+    with pytest.raises(ValueError, match="does not fit a bin"):
+        list(PackedSequences([text_of(200)], capacity=128))
+    with pytest.raises(ValueError, match="at most 100 tokens"):
+        list(PackedSequences([text_of(120)], capacity=128, max_tokens=100))
+    with pytest.raises(ValueError, match="positive capacity"):
+        PackedSequences([], capacity=0)
+
+
+def test_pairs_are_those_of_the_mask(builder):
+    """What the cost counts is what the mask lets through."""
+    model = small_model().model
+    for item in mixed(builder):
+        ids = torch.tensor([item["input_ids"]])
+        layout = layout_sequences(ids, None, item["grids"], builder.config)
+        embeds = torch.zeros(1, ids.shape[1], 32)
+        mask = model._attention_mask(embeds, torch.ones_like(ids), None, layout.block_ids, None, {})["full_attention"]
+        expected = ids.shape[1] * (ids.shape[1] + 1) // 2 if mask is None else int(mask.sum())
+        assert attended_pairs(item["input_ids"], item["grids"], builder.config.image_token_id) == expected
+
+
+def test_the_cost_of_the_7b():
+    """Linear layers: 2 FLOPs per weight and token (6.5e9 weights in 28 layers, NextFlow's arithmetic)."""
+    cost = SequenceCost(NextFlowConfig.from_preset("nextflow-7b"))
+    assert cost.per_token == pytest.approx(2 * 6.525e9, rel=1e-3)
+    caption = cost({**text_of(100), "labels": [-100] * 100})
+    assert caption == pytest.approx(100 * cost.per_token, rel=0.01)

@@ -1,0 +1,195 @@
+"""Packing: several sequences in one row, so that no computation is spent on padding.
+
+Bins of a fixed *length* balance memory: but a long picture costs more per token than a caption, so ranks that wait for
+each other at every step still wait. Bins of a fixed *compute* (NextFlow section 3.3) hold the same floating-point
+operations each, counted from what a sequence's runs really attend to.
+
+transformers' and TRL's own packing takes positions that do not grow by one for document borders, which the positions of
+pictures break; here a document id stands at every position (`NextFlowModel.forward`).
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import IterableDataset
+
+from ..modeling.configuration_nextflow import NextFlowConfig
+from ..modeling.scale_schedule import Grid
+from .sequences import IGNORED, pad_rows, stack_images
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Sequences that share a row.
+
+    Attributes:
+        items: The sequences, as `SequenceBuilder` makes them.
+        size: Their summed size, in the packer's unit (tokens or FLOPs).
+    """
+
+    items: tuple[dict, ...]
+    size: float
+
+
+class SequenceCost:
+    """Floating-point operations of a forward pass over one sequence, attention run by run.
+
+    Args:
+        config: The decoder's configuration.
+    """
+
+    def __init__(self, config: NextFlowConfig):
+        text = config.text_config
+        head_dim = text.hidden_size // text.num_attention_heads
+        kv_width = text.num_key_value_heads * head_dim
+        projections = text.hidden_size * (2 * text.hidden_size + 2 * kv_width) + 3 * text.hidden_size * (
+            text.intermediate_size
+        )
+        self.per_token = 2 * text.num_hidden_layers * projections
+        self.per_pair = 4 * text.num_hidden_layers * text.hidden_size
+        self.per_label = 2 * text.hidden_size * text.vocab_size
+        self.image_token_id = config.image_token_id
+
+    def __call__(self, item: dict) -> float:
+        length = len(item["input_ids"])
+        labels = sum(label != IGNORED for label in item["labels"]) + sum(
+            label != IGNORED for own in item["image_labels"] for label in own
+        )
+        pairs = attended_pairs(item["input_ids"], item["grids"], self.image_token_id)
+        return self.per_token * length + self.per_pair * pairs + self.per_label * labels
+
+
+def attended_pairs(input_ids: list[int], grids: list[tuple[Grid, ...]], image_token_id: int) -> int:
+    """(query, key) pairs of one document: all that stands before a run, and the run itself (half of it in text)."""
+    pairs = position = 0
+    images = iter(grids)
+    while position < len(input_ids):
+        end = position
+        is_slot = input_ids[position] == image_token_id
+        while end < len(input_ids) and (input_ids[end] == image_token_id) == is_slot:
+            end += 1
+        if is_slot:
+            own = next(images)
+            for height, width in (*own[1:], own[-1]):
+                if position == end:
+                    break
+                pairs += height * width * (position + height * width)
+                position += height * width
+        else:
+            pairs += (end - position) * (position + end + 1) // 2
+            position = end
+    return pairs
+
+
+def tokens_of(item: dict) -> int:
+    """Length of a sequence."""
+    return len(item["input_ids"])
+
+
+class PackedSequences(IterableDataset):
+    """Bins of sequences, by first-fit-decreasing over a window that moves along the data.
+
+    Bins that a window leaves less than `min_fill` full are emptied into the next window. Neighbouring bins are of
+    neighbouring size, so that ranks that take them in turn finish together.
+
+    Args:
+        sequences: The sequences, in the order of training; iterated anew by every iteration.
+        capacity: Size of a bin, in the unit of `size_of`.
+        size_of: Size of a sequence: `tokens_of` for fixed length, a `SequenceCost` for fixed compute.
+        max_tokens: Longest row, whatever its size: what memory allows.
+        window: Sequences looked at together.
+        min_fill: Share of the capacity at which a bin counts as full.
+
+    Raises:
+        ValueError: At iteration, if a sequence is larger than a bin.
+    """
+
+    def __init__(
+        self,
+        sequences: Iterable[dict],
+        capacity: float,
+        size_of: Callable[[dict], float] = tokens_of,
+        max_tokens: int | None = None,
+        window: int = 256,
+        min_fill: float = 0.9,
+    ):
+        if capacity <= 0 or window < 1 or not 0 <= min_fill <= 1:
+            raise ValueError(
+                "Packing needs a positive capacity, a window of at least one sequence and a fill share in [0, 1], got "
+                f"{capacity}, {window}, {min_fill}."
+            )
+        self.sequences, self.capacity, self.size_of = sequences, capacity, size_of
+        self.max_tokens, self.window, self.min_fill = max_tokens, window, min_fill
+
+    def __iter__(self) -> Iterator[Bin]:
+        waiting: list[dict] = []
+        for item in self.sequences:
+            waiting.append(item)
+            if len(waiting) >= self.window:
+                full, waiting = self._pack(waiting)
+                yield from full
+                if len(waiting) >= self.window:
+                    # Nothing but half-empty bins: waiting longer would not end.
+                    yield from self._all(waiting)
+                    waiting = []
+        yield from self._all(waiting)
+
+    def _all(self, items: list[dict]) -> list[Bin]:
+        return first_fit_decreasing(items, self.capacity, self.size_of, self.max_tokens)
+
+    def _pack(self, items: list[dict]) -> tuple[list[Bin], list[dict]]:
+        full, left = [], []
+        for own in self._all(items):
+            if own.size >= self.min_fill * self.capacity or self._row_is_full(own):
+                full.append(own)
+            else:
+                left.extend(own.items)
+        return full, left
+
+    def _row_is_full(self, own: Bin) -> bool:
+        return self.max_tokens is not None and sum(map(tokens_of, own.items)) >= self.min_fill * self.max_tokens
+
+
+def first_fit_decreasing(
+    items: list[dict], capacity: float, size_of: Callable[[dict], float], max_tokens: int | None = None
+) -> list[Bin]:
+    """Put every item, largest first, into the first bin that has room; bins come out largest first.
+
+    Raises:
+        ValueError: If an item is larger than a bin.
+    """
+    bins: list[tuple[list[dict], list[float]]] = []
+    for size, item in sorted(((size_of(item), item) for item in items), key=lambda pair: -pair[0]):
+        length = tokens_of(item)
+        if size > capacity or (max_tokens is not None and length > max_tokens):
+            raise ValueError(
+                f"A sequence of {length} tokens and size {size:.3g} does not fit a bin of capacity {capacity:.3g} and "
+                f"at most {max_tokens} tokens. Raise the capacity, or leave such sequences out."
+            )
+        fitting = (own for own in bins if size <= own[1][0] and length <= own[1][1])
+        own = next(fitting, None)
+        if own is None:
+            own = ([], [capacity, float("inf") if max_tokens is None else max_tokens])
+            bins.append(own)
+        members, room = own
+        members.append(item)
+        room[0] -= size
+        room[1] -= length
+    packed = [Bin(tuple(members), capacity - room[0]) for members, room in bins]
+    return sorted(packed, key=lambda own: -own.size)
+
+
+def collate_packed(bins: list[Bin]) -> dict[str, torch.Tensor]:
+    """One row per bin, padded on the right only where rows differ: `document_ids` tell documents and padding (-1)."""
+    rows, labels, documents = [], [], []
+    for own in bins:
+        rows.append([token for item in own.items for token in item["input_ids"]])
+        labels.append([label for item in own.items for label in item["labels"]])
+        documents.append([number for number, item in enumerate(own.items) for _ in item["input_ids"]])
+    batch = {
+        "input_ids": pad_rows(rows, 0),
+        "labels": pad_rows(labels, IGNORED),
+        "document_ids": pad_rows(documents, -1),
+    }
+    return {**batch, **stack_images([item for own in bins for item in own.items])}
