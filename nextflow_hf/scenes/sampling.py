@@ -24,6 +24,8 @@ from .world import BACKGROUNDS, COLORS, SHAPES, Scene, SceneObject, relation
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SPLITS = ("train", "validation", "test")
 MAX_OBJECTS = 4
+# Shares of scenes with one object, with some alike, with two that differ, with more that differ.
+FAMILIES = (0.25, 0.27, 0.38, 0.10)
 _TEST_SHARE, _VALIDATION_SHARE = 0.13, 0.07
 # Kinds with few keys are split by hand, so that training still sees every shape and size in each place.
 _CHOSEN = {
@@ -82,7 +84,11 @@ def is_trained(scene: Scene) -> bool:
 
 
 def sample_scene(
-    rng: np.random.Generator, split: str = "train", lattice: tuple[int, int] = (4, 4), arrangement: str = "free"
+    rng: np.random.Generator,
+    split: str = "train",
+    lattice: tuple[int, int] = (4, 4),
+    arrangement: str = "free",
+    families: tuple[float, ...] = FAMILIES,
 ) -> Scene:
     """Draw a scene of a split.
 
@@ -93,10 +99,12 @@ def sample_scene(
         arrangement: "free": objects lie anywhere with a free cell between them. "orderly": what there is decides where
             it lies, but for the axis of two that differ. The codes of one scale are drawn independently of each
             other, so a small model draws an orderly world long before it draws a free one.
+        families: Shares of scenes with one object, with some alike, with two that differ, with more that differ. The
+            first two have few combinations, which a model that sees them often learns by heart.
 
     Raises:
-        ValueError: If there is no such split or arrangement, or the lattice has fewer than 3 x 3 cells (4 x 4 where it
-            is orderly).
+        ValueError: If there is no such split or arrangement, the shares do not sum to 1, or the lattice has fewer than
+            3 x 3 cells (4 x 4 where it is orderly).
     """
     if arrangement not in ("free", "orderly"):
         raise ValueError(f'An arrangement is "free" or "orderly", got {arrangement!r}.')
@@ -106,8 +114,10 @@ def sample_scene(
         raise ValueError(f"A split is one of {SPLITS}, got {split!r}.")
     if min(lattice) < 3:
         raise ValueError(f"Scenes need a lattice of at least 3 x 3 cells, got {lattice}.")
+    if len(families) != 4 or min(families) < 0 or abs(sum(families) - 1) > 1e-6:
+        raise ValueError(f"`families` are four shares that sum to 1, got {families}.")
     while True:
-        scene = _draw(rng, lattice, arrangement)
+        scene = _draw(rng, lattice, arrangement, families)
         splits = {split_of(key) for key in keys_of(scene)}
         if (splits <= {"train"}) if split == "train" else (split in splits):
             return scene
@@ -149,9 +159,9 @@ def arrange(rng: np.random.Generator, sizes: list[str], alike: bool) -> list[tup
     return [(0, 1), (2 if sizes[1] == "large" else 3, 1)]
 
 
-def _draw(rng: np.random.Generator, lattice: tuple[int, int], arrangement: str) -> Scene:
+def _draw(rng: np.random.Generator, lattice: tuple[int, int], arrangement: str, families: tuple[float, ...]) -> Scene:
     while True:
-        kinds, sizes = _draw_contents(rng)
+        kinds, sizes = _draw_contents(rng, families)
         if arrangement == "orderly":
             # Objects alike lie next to each other in reading order; of two, either may be the large one.
             kinds = sorted(kinds, key=kinds.index)
@@ -166,9 +176,9 @@ def _draw(rng: np.random.Generator, lattice: tuple[int, int], arrangement: str) 
     return Scene(objects, _pick(rng, tuple(BACKGROUNDS)), lattice)
 
 
-def _draw_contents(rng: np.random.Generator) -> tuple[list[tuple[str, str]], list[str]]:
+def _draw_contents(rng: np.random.Generator, families: tuple[float, ...]) -> tuple[list[tuple[str, str]], list[str]]:
     """(color, shape) and size of each object. Large objects come first, where there is still room."""
-    family = rng.choice(4, p=(0.25, 0.27, 0.38, 0.10))
+    family = rng.choice(4, p=families)
     if family == 0:
         return [_kind(rng)], ["large" if rng.random() < 0.6 else "small"]
     if family == 1:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from .captions import caption, describe
-from .sampling import sample_scene
+from .sampling import FAMILIES, sample_scene
 from .world import Scene, render
 
 QUESTION = "describe the picture"
@@ -18,6 +18,7 @@ class SceneSource:
         seed: Different seeds give different scenes.
         split: Which combinations may appear.
         arrangement: "orderly" or "free"; see `sample_scene`.
+        families: Shares of the kinds of scenes; see `sample_scene`.
     """
 
     def __init__(
@@ -27,19 +28,22 @@ class SceneSource:
         seed: int = 0,
         split: str = "train",
         arrangement: str = "orderly",
+        families: tuple[float, ...] = FAMILIES,
     ):
         self.size = tuple(size)
         self.num_pictures = num_pictures
         self.seed = seed
         self.split = split
         self.arrangement = arrangement
+        self.families = tuple(families)
 
     def __len__(self) -> int:
         return self.num_pictures
 
     def scene(self, index: int) -> Scene:
         """Facts of picture `index`."""
-        return sample_scene(np.random.default_rng((self.seed, index)), self.split, arrangement=self.arrangement)
+        rng = np.random.default_rng((self.seed, index))
+        return sample_scene(rng, self.split, arrangement=self.arrangement, families=self.families)
 
     def image(self, index: int) -> np.ndarray:
         """Picture `index`: uint8 `(height, width, 3)`."""

@@ -38,6 +38,18 @@ def scenes():
     return [sample_scene(rng) for _ in range(3000)]
 
 
+def test_families_are_drawn_by_their_shares():
+    rng = np.random.default_rng(0)
+    shares = (0.1, 0.15, 0.45, 0.3)
+    scenes = [sample_scene(rng, arrangement="orderly", families=shares) for _ in range(2000)]
+    alone = np.mean([len(scene.objects) == 1 for scene in scenes])
+    several = np.mean(
+        [len(scene.objects) > 2 and len({(o.color, o.shape) for o in scene.objects}) > 1 for scene in scenes]
+    )
+    # Scenes with a held-out combination are drawn anew, which takes from the families whose combinations are few.
+    assert 0.06 < alone < 0.11 and 0.35 < several < 0.45
+
+
 def test_training_never_sees_a_held_out_combination(scenes):
     assert all(split_of(key) == "train" for scene in scenes for key in keys_of(scene))
 
@@ -236,6 +248,7 @@ def test_the_referee_refuses_what_is_no_picture(bad):
         (lambda: sample_scene(np.random.default_rng(0), "dev"), "split"),
         (lambda: sample_scene(np.random.default_rng(0), "train", (2, 2)), "lattice"),
         (lambda: sample_scene(np.random.default_rng(0), arrangement="tidy"), "arrangement"),
+        (lambda: sample_scene(np.random.default_rng(0), families=(0.5, 0.5)), "four shares"),
         (lambda: sample_scene(np.random.default_rng(0), lattice=(3, 3), arrangement="orderly"), "4 x 4"),
         (lambda: make_prompts("style"), "category"),
     ],

@@ -225,16 +225,17 @@ def test_the_recipes_run_one_after_another(tmp_path, monkeypatch):
         "mini-decoder",
         "mini-orderly-coarse",
         "mini-orderly",
+        "mini-diverse",
     ):
         recipe = load_recipe(
             name,
             ["stage_args.texts=400", "stage_args.sample_every=2"] if name == "mini-tokenizer" else [*quick, *small],
         )
         run_recipe(recipe)
-    final = Path("runs/mini/orderly/final")
+    final = Path("runs/mini/diverse/final")
     model = nextflow_hf.NextFlowForConditionalGeneration.from_pretrained(final)
     assert model.config.abilities == ["image", "caption"] and model.config.trained_image_sizes == [[64, 64]]
-    assert model.generation_config.image_top_k == load_recipe("mini-orderly").stage_args["sampling"]["top_k"]
+    assert model.generation_config.image_top_k == load_recipe("mini-diverse").stage_args["sampling"]["top_k"]
     shutil.rmtree("runs")
 
 

@@ -1,0 +1,175 @@
+"""Packing against padding: useful tokens per second on a mix of lengths like NextFlow's (section 3.3).
+
+Captions, pictures of three resolutions and interleaved documents train a small decoder of the 7B's schedule. Three ways
+to make batches of one stream are timed on the same sequences, a bin (or a padded batch) at a time:
+
+* padded: batches of a fixed number of sequences, each padded to its longest;
+* length: bins of a fixed number of tokens;
+* compute: bins of a fixed number of floating-point operations.
+
+Ranks wait for each other at every step. So the rate with R ranks is that of R bins in turn, each step as long as its
+slowest: computed from the single bins' measured times, no network in it.
+
+    python benchmarks/packing.py
+"""
+
+import argparse
+import random
+import time
+from pathlib import Path
+
+import torch
+from common import record, write_json
+
+from nextflow_hf.modeling.configuration_nextflow import NextFlowConfig, NextFlowVQConfig
+from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
+from nextflow_hf.training.packing import Bin, PackedSequences, SequenceCost, collate_packed, tokens_of
+from nextflow_hf.training.sequences import IGNORED, pad_rows, stack_images
+
+TEXT_VOCABULARY, CODES = 512, 512
+
+
+def build_config(width: int, layers: int) -> NextFlowConfig:
+    """NextFlow's own schedule of 18 scales over a narrow decoder."""
+    mini = NextFlowConfig.from_preset("nextflow-mini")
+    vq = mini.vq_config.to_dict()
+    paper = NextFlowVQConfig()
+    vq.update(sides=paper.sides, levels=paper.levels, final_grids=paper.final_grids)
+    text = mini.text_config.to_dict()
+    text.update(hidden_size=width, intermediate_size=11 * width // 4, num_hidden_layers=layers)
+    return NextFlowConfig(
+        **{
+            name: getattr(mini, name)
+            for name in ("code_start_id", "boi_token_id", "eoi_token_id", "image_token_id", "tie_word_embeddings")
+        },
+        text_config=text,
+        vq_config=vq,
+    )
+
+
+def draw_sequences(config: NextFlowConfig, number: int, seed: int) -> list[dict]:
+    """A stream of documents: half short texts, the rest pictures of 256, 512 and (few) 1024 px, and stories of two."""
+    rng = random.Random(seed)
+    sequences = []
+    for _ in range(number):
+        kind = rng.choices(("text", 256, 512, 1024, "story"), (0.5, 0.27, 0.12, 0.01, 0.10))[0]
+        pictures = {"text": (), "story": (256, 256)}.get(kind, (kind,))
+        item = {"input_ids": [], "labels": [], "codes": [], "image_labels": [], "grids": []}
+        words = rng.randint(20, 120)
+        _add_text(item, words, rng)
+        for side in pictures:
+            grids = config.schedule.grids_for_size(side // 2, side // 2)
+            codes = [rng.randrange(CODES) for height, width in grids for _ in range(height * width)]
+            slots = len(codes) - 1
+            item["input_ids"] += [config.boi_token_id, *[config.image_token_id] * slots, config.eoi_token_id]
+            item["labels"] += [IGNORED] * (slots + 2)
+            item["codes"].append(codes)
+            item["image_labels"].append(codes)
+            item["grids"].append(grids)
+            _add_text(item, rng.randint(5, 60), rng)
+        sequences.append(item)
+    return sequences
+
+
+def _add_text(item: dict, words: int, rng: random.Random) -> None:
+    tokens = [rng.randrange(10, 400) for _ in range(words)]
+    item["input_ids"] += tokens
+    item["labels"] += tokens
+
+
+def collate_padded(own: Bin) -> dict[str, torch.Tensor]:
+    """The usual batch: a row per sequence, padded to the longest."""
+    rows = [item["input_ids"] for item in own.items]
+    lengths = torch.tensor([len(row) for row in rows])
+    input_ids = pad_rows(rows, 0)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
+        "labels": pad_rows([item["labels"] for item in own.items], IGNORED),
+        **stack_images(own.items),
+    }
+
+
+def time_steps(model, batches: list[dict]) -> list[float]:
+    """Seconds of forward and backward for each batch."""
+    times = []
+    for batch in batches:
+        start = time.perf_counter()
+        model(**batch).loss.backward()
+        model.zero_grad(set_to_none=True)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def rate(bins: list[Bin], times: list[float], ranks: int) -> float:
+    """Useful tokens per second and rank, when `ranks` bins run side by side and the slowest sets the pace."""
+    steps = len(bins) // ranks
+    seconds = sum(max(times[step * ranks : (step + 1) * ranks]) for step in range(steps))
+    tokens = sum(tokens_of(item) for own in bins[: steps * ranks] for item in own.items)
+    return tokens / seconds / ranks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequences", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences of a padded batch")
+    parser.add_argument("--tokens", type=int, default=6000, help="tokens of a fixed-length bin")
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/packing.json"))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    config = build_config(args.width, args.layers)
+    model = NextFlowForConditionalGeneration(config)
+    sequences = draw_sequences(config, args.sequences, seed=0)
+    cost = SequenceCost(config)
+    total = sum(map(tokens_of, sequences))
+    # As much compute in a bin as a fixed-length bin holds on average.
+    capacity = max(sum(map(cost, sequences)) * args.tokens / total, 1.02 * max(map(cost, sequences)))
+
+    batches = [
+        Bin(tuple(sequences[first : first + args.batch_size]), 0.0)
+        for first in range(0, len(sequences), args.batch_size)
+    ]
+    ways = {
+        "padded": ("sdpa", batches, [collate_padded(own) for own in batches]),
+        "length": ("block_varlen", list(PackedSequences(sequences, args.tokens, window=args.sequences)), None),
+        "compute": (
+            "block_varlen",
+            list(PackedSequences(sequences, capacity, cost, 4 * args.tokens, window=args.sequences)),
+            None,
+        ),
+    }
+    result = {}
+    for name, (implementation, bins, collated) in ways.items():
+        model.model.language_model.set_attn_implementation(implementation)
+        collated = collated or [collate_packed([own]) for own in bins]
+        time_steps(model, collated[:2])
+        times = time_steps(model, collated)
+        result[name] = {
+            "attention": implementation,
+            "steps": len(bins),
+            "tokens_per_second": round(rate(bins, times, 1), 1),
+            f"tokens_per_second_of_{args.ranks}_ranks": round(rate(bins, times, args.ranks), 1),
+            "padding_share": round(1 - total / sum(own["input_ids"].numel() for own in collated), 4),
+            "slowest_over_mean": round(max(times) / (sum(times) / len(times)), 2),
+        }
+        print(name, result[name], flush=True)
+    key = f"tokens_per_second_of_{args.ranks}_ranks"
+    ratios = {
+        name: {
+            "one_rank": round(own["tokens_per_second"] / result["padded"]["tokens_per_second"], 2),
+            f"{args.ranks}_ranks": round(own[key] / result["padded"][key], 2),
+        }
+        for name, own in result.items()
+    }
+    print(ratios)
+    arguments = {name: str(value) for name, value in vars(args).items()}
+    write_json(args.output, {**record(args.threads), "arguments": arguments, "ways": result, "over_padded": ratios})
+
+
+if __name__ == "__main__":
+    main()
