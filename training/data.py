@@ -35,15 +35,22 @@ def load_source(spec: dict) -> PairSource:
         ValueError: If the entry names no importable class.
     """
     spec = dict(spec)
-    path = spec.pop("class", None)
+    return import_class(spec.pop("class", None))(**spec)
+
+
+def import_class(path: str | None):
+    """The class that a recipe names as "module:name".
+
+    Raises:
+        ValueError: If it names no importable class.
+    """
     module_name, _, name = (path or "").partition(":")
     if not name:
         raise ValueError(f'A recipe\'s `source` needs `class: "module:name"`, got {path!r}.')
     try:
-        factory = getattr(importlib.import_module(module_name), name)
+        return getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"The recipe's source {path!r} cannot be imported: {error}") from error
-    return factory(**spec)
 
 
 def to_pixels(images: np.ndarray) -> np.ndarray:

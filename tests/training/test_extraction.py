@@ -1,0 +1,301 @@
+"""From records of any usual dataset to coded documents."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from dots import Dots
+from PIL import Image
+from small_models import small_model
+
+from nextflow_hf.training.coded_documents import CodedDocuments, MixedSequences
+from nextflow_hf.training.documents import BrokenRecordError, DocumentReader, load_reader
+from nextflow_hf.training.extraction import ExtractionSettings, extract
+
+
+def picture(index=0, size=(32, 32)):
+    return Image.fromarray(Dots().image(index)).resize(size[::-1])
+
+
+def png(index=0, size=(32, 32)):
+    file = io.BytesIO()
+    picture(index, size).save(file, format="PNG")
+    return file.getvalue()
+
+
+def captions(number=10, broken=()):
+    return [
+        {
+            "id": f"dot-{i}",
+            "text": f"dot {i}",
+            "image": b"no picture" if i in broken else png(i % 8, (32, 32 if i % 3 else 64)),
+        }
+        for i in range(number)
+    ]
+
+
+@pytest.fixture(scope="module")
+def vq_model():
+    return small_model().vq_model
+
+
+SETTINGS = ExtractionSettings(resolution=32, shard_size=4, batch_size=3)
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# ---- documents -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "record", "roles", "pictures"),
+    [
+        ("text", {"text": "a"}, [None], 0),
+        ("text_to_image", {"text": ["a", "b"], "image": png()}, ["user", "assistant"], 1),
+        ("image_to_text", {"image": {"bytes": png()}, "text": "a"}, ["user", "assistant"], 1),
+        (
+            "edit",
+            {"image": picture(), "instruction": "a", "edited": np.zeros((8, 8, 3), np.uint8)},
+            ["user", "assistant"],
+            2,
+        ),
+        ("interleaved", {"content": [{"text": "a", "image": None}, {"text": None, "image": png()}]}, [None], 1),
+        (
+            "messages",
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "a"}]},
+                    {"role": "assistant", "content": "b"},
+                ],
+                "images": [png()],
+            },
+            ["user", "assistant"],
+            1,
+        ),
+    ],
+)
+def test_every_kind_of_record_becomes_a_document(kind, record, roles, pictures):
+    ((_, document),) = DocumentReader([record], kind).read(0, 5)
+    assert [turn["role"] for turn in document.messages] == roles and len(document.images) == pictures
+    assert all(image.mode == "RGB" for image in document.images)
+
+
+@pytest.mark.parametrize(
+    ("kind", "record", "reason"),
+    [
+        ("text", {"text": " "}, "empty or no text"),
+        ("text", {}, "empty or no text"),
+        ("text_to_image", {"text": "a", "image": None}, "missing"),
+        ("text_to_image", {"text": "a", "image": b"GIF89a, but broken"}, "record r7"),
+        ("text_to_image", {"text": "a", "image": png()[:60]}, "record r7"),
+        ("messages", {"messages": [], "images": []}, "no messages"),
+        ("messages", {"messages": [{"role": "user", "content": "a"}], "images": [png()]}, "places for 0 pictures"),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "video"}]}], "images": []}, "'video'"),
+        ("interleaved", {"content": None}, "record r7"),
+    ],
+)
+def test_broken_records_say_which_and_why(kind, record, reason):
+    ((_, found),) = DocumentReader([{"id": "r7", **record}], kind).read(0, 1)
+    assert isinstance(found, BrokenRecordError) and reason in str(found) and "r7" in str(found)
+
+
+def write_parquet(folder):
+    datasets.Dataset.from_list(captions(5)).cast_column("image", datasets.Image()).to_parquet(folder / "a.parquet")
+    return {"path": "parquet", "data_files": str(folder / "a.parquet")}
+
+
+def write_imagefolder(folder):
+    lines = []
+    for own in captions(5):
+        (folder / f"{own['id']}.png").write_bytes(own["image"])
+        lines.append(json.dumps({"file_name": f"{own['id']}.png", "text": own["text"]}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return {"path": "imagefolder", "data_dir": str(folder)}
+
+
+def write_jsonl(folder):
+    lines = []
+    for own in captions(5):
+        (folder / f"{own['id']}.png").write_bytes(own["image"])
+        lines.append(json.dumps({**own, "image": f"{own['id']}.png"}))
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    return {"path": "json", "data_files": str(folder / "a.jsonl"), "folder": str(folder)}
+
+
+def write_webdataset(folder):
+    import tarfile
+
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for own in captions(5):
+            for name, data in ((f"{own['id']}.png", own["image"]), (f"{own['id']}.txt", own["text"].encode())):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+    return {
+        "path": "webdataset",
+        "data_files": str(folder / "a.tar"),
+        "columns": {"image": "png", "text": "txt", "id": "__key__"},
+    }
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("write", [write_parquet, write_imagefolder, write_jsonl, write_webdataset])
+def test_the_usual_datasets_give_the_same_documents(tmp_path, monkeypatch, write, streaming):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "data").mkdir()
+    reader = load_reader({"kind": "text_to_image", "streaming": streaming, **write(tmp_path / "data")})
+    documents = [document for _, document in reader.read(1, 100)]
+    expected = [document for _, document in DocumentReader(captions(5), "text_to_image").read(1, 100)]
+    for own, other in zip(documents, expected, strict=True):
+        assert own.messages == other.messages
+        assert np.array_equal(np.asarray(own.images[0]), np.asarray(other.images[0]))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"kind": "poem", "class": "dots:Dots"}, "`kind` is one of"),
+        ({"kind": "text", "columns": {"picture": "x"}, "class": "dots:Dots"}, "have the columns"),
+        ({"kind": "text"}, "needs `class"),
+        ({"kind": "text", "path": "json", "speed": 3}, "needs `class"),
+        ({"kind": "text", "class": "dots:Dots", "path": "json"}, "stand in `args`"),
+        ({"kind": "text", "path": "json", "data_files": "/nowhere/a.json"}, "cannot be loaded"),
+    ],
+)
+def test_datasets_that_cannot_be_read_are_refused(spec, message):
+    with pytest.raises(ValueError, match=message):
+        load_reader(spec)
+
+
+# ---- extraction ------------------------------------------------------------------------------------------------------
+
+
+def test_codes_are_the_tokenizers_in_the_buckets_of_the_pictures(tmp_path, vq_model):
+    manifests = extract({"dots": DocumentReader(captions(), "text_to_image")}, vq_model, tmp_path, SETTINGS)
+    assert manifests["dots"]["documents"] == 10 and len(manifests["dots"]["shards"]) == 3
+    documents = CodedDocuments(tmp_path / "dots", vq_model.fingerprint())
+    assert len(documents) == 10
+    seen = set()
+    for index in range(10):
+        messages, (image,) = documents[index]
+        assert messages[0]["content"] == [{"type": "text", "text": f"dot {index}"}]
+        seen.add(image.grids)
+        assert len(image.codes) == sum(h * w for h, w in image.grids) and image.codes == image.input_codes
+    assert len(seen) == 2
+
+
+def test_self_correction_feeds_other_codes_than_it_learns(tmp_path, vq_model):
+    settings = ExtractionSettings(resolution=32, shard_size=4, top_k=5, corruption=0.6)
+    extract({"dots": DocumentReader(captions(), "text_to_image")}, vq_model, tmp_path, settings)
+    documents = CodedDocuments(tmp_path / "dots")
+    differing = np.mean(
+        [np.mean(np.array(i.codes) != np.array(i.input_codes)) for d in range(10) for i in documents[d][1]]
+    )
+    assert 0.3 < differing < 0.6
+
+
+def test_broken_records_are_left_out_and_named(tmp_path, vq_model):
+    reader = DocumentReader(
+        [*captions(10, broken=(2, 7)), {"id": "strip", "text": "a", "image": png(0, (8, 400))}], "text_to_image"
+    )
+    (manifest,) = extract({"dots": reader}, vq_model, tmp_path, SETTINGS).values()
+    assert manifest["records"] == 11 and manifest["documents"] == 8 == len(CodedDocuments(tmp_path / "dots"))
+    assert [own.split(":")[0] for own in manifest["broken"]] == ["record dot-2", "record dot-7", "record strip"]
+    strict = ExtractionSettings(resolution=32, shard_size=4, max_broken=1)
+    with pytest.raises(ValueError, match="more than max_broken=1"):
+        extract({"dots": reader}, vq_model, tmp_path / "strict", strict)
+
+
+def test_a_directory_of_other_settings_is_refused(tmp_path, vq_model):
+    reader = DocumentReader(captions(), "text_to_image")
+    extract({"dots": reader}, vq_model, tmp_path, SETTINGS)
+    with pytest.raises(ValueError, match="top_k 0 -> 3"):
+        extract(
+            {"dots": reader}, vq_model, tmp_path, ExtractionSettings(resolution=32, shard_size=4, batch_size=3, top_k=3)
+        )
+    with pytest.raises(ValueError, match="codebook_fingerprint"):
+        extract({"dots": reader}, small_model(seed=3).vq_model, tmp_path, SETTINGS)
+    with pytest.raises(ValueError, match="codes of the tokenizer"):
+        CodedDocuments(tmp_path / "dots", "another")
+    (tmp_path / "dots" / "shard-00001.parquet").unlink()
+    with pytest.raises(ValueError, match="not there"):
+        CodedDocuments(tmp_path / "dots")
+    with pytest.raises(ValueError, match=r"no manifest\.json"):
+        CodedDocuments(tmp_path)
+
+
+SCRIPT = """
+import sys, torch
+sys.path[:0] = {path!r}
+torch.set_num_threads(1)
+from small_models import small_model
+from test_extraction import *
+extract({{"dots": DocumentReader(captions(60), "text_to_image")}}, small_model().vq_model, sys.argv[1], SETTINGS)
+"""
+
+
+def run_extraction(folder, kill_after=None, processes=1):
+    here = Path(__file__).parent
+    script = folder.parent / "extract_dots.py"
+    script.write_text(SCRIPT.format(path=[str(here), str(here.parent)]))
+    launch = [] if processes == 1 else ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    process = subprocess.Popen(
+        [sys.executable, *launch, str(script), str(folder)], start_new_session=True, stderr=subprocess.PIPE
+    )
+    if kill_after is None:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors.decode()[-2000:]
+        return
+    # After so many shards, at some point of making the next one.
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("dots/shard-*.parquet"))) < kill_after and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_a_killed_extraction_goes_on_without_loss_or_repetition(tmp_path):
+    run_extraction(tmp_path / "whole")
+    for shards in (0, 3, 8):
+        run_extraction(tmp_path / "killed", kill_after=shards)
+    run_extraction(tmp_path / "killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_two_processes_write_what_one_writes(tmp_path):
+    run_extraction(tmp_path / "one")
+    run_extraction(tmp_path / "two", processes=2)
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+# ---- mixing ----------------------------------------------------------------------------------------------------------
+
+
+def test_datasets_are_mixed_by_weight_in_an_order_of_their_own(tmp_path, vq_model, builder):
+    texts = DocumentReader([{"text": ["draw dot 1", "dot 1"]}] * 7, "text")
+    extract({"dots": DocumentReader(captions(), "text_to_image"), "texts": texts}, vq_model, tmp_path, SETTINGS)
+    sources = [CodedDocuments(tmp_path / name) for name in ("dots", "texts")]
+    mixed = MixedSequences(sources, [3, 1], builder, length=400, prompt_dropout=0.25)
+    again = MixedSequences(sources, [3, 1], builder, length=400, prompt_dropout=0.25)
+    items = [mixed[index] for index in range(400)]
+    assert [again[index] for index in reversed(range(400))][::-1] == items
+    drawn = [item for item in items if item["grids"]]
+    assert 0.68 < len(drawn) / 400 < 0.82
+    bare = [item for item in drawn if item["input_ids"][0] == builder.config.boi_token_id]
+    assert 0.15 < len(bare) / len(drawn) < 0.35
+    assert len({len(item["input_ids"]) for item in items if not item["grids"]}) == 2
+    first_pass = mixed.document_of[mixed.source_of == 0][:10]
+    assert sorted(first_pass) == list(range(10))
+    with pytest.raises(ValueError, match="positive weight"):
+        MixedSequences(sources, [1], builder, length=4)

@@ -1,0 +1,260 @@
+"""One schema for all that training reads: documents of words and pictures (`docs/data.md`).
+
+A document is a conversation in the form that chat templates and TRL know, `messages` and `images`; text without turns
+is a single message without a role. Records of the usual datasets become documents by their *kind*:
+
+| kind | columns (defaults) | document |
+|---|---|---|
+| text | text | a text, learned as a whole |
+| text_to_image | text, image | the text asks, the picture answers |
+| image_to_text | image, text, question (optional) | the picture (and a question) asks, the text answers |
+| edit | image, instruction, edited | a picture and an instruction ask, the changed picture answers |
+| interleaved | content | texts and pictures in turn, learned as a whole |
+| messages | messages, images | a conversation; the assistant's turns are learned |
+
+A text may be a list: of wordings of the same thing, one of which is drawn each time that the document is read.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..processing.image_processing_base_nextflow import open_picture, to_rgb
+
+
+@dataclass
+class Document:
+    """Words and pictures in order.
+
+    Attributes:
+        id: Name of the record, for logs.
+        messages: Turns with `role` and `content`, a list of {"type": "text", "text": ...} and {"type": "image"}.
+        images: The pictures as 8-bit RGB, in the order of their places.
+    """
+
+    id: str
+    messages: list[dict]
+    images: list[Image.Image] = field(default_factory=list)
+
+
+class BrokenRecordError(ValueError):
+    """A record that cannot become a document; the message says which and why."""
+
+
+class DocumentReader:
+    """Documents of one dataset, by number.
+
+    Args:
+        records: The records: anything with `__len__` and `__getitem__`, such as a `datasets.Dataset`, or a streamed
+            `datasets.IterableDataset`.
+        kind: How a record becomes a document; see the module.
+        columns: Names of the columns where they are not the defaults.
+        folder: Where relative paths of pictures start.
+
+    Raises:
+        ValueError: If there is no such kind, or it has no such column.
+    """
+
+    def __init__(self, records, kind: str, columns: dict[str, str] | None = None, folder: str | Path = "."):
+        if kind not in KINDS:
+            raise ValueError(f"A dataset's `kind` is one of {sorted(KINDS)}, got {kind!r}.")
+        self.to_messages, defaults = KINDS[kind]
+        unknown = set(columns or ()) - {*defaults, "id"}
+        if unknown:
+            raise ValueError(f"Datasets of kind {kind!r} have the columns {list(defaults)}, not {sorted(unknown)}.")
+        self.records, self.kind = records, kind
+        self.columns = {**{name: name for name in (*defaults, "id")}, **(columns or {})}
+        self.folder = Path(folder)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether records can only be read in order, and their number is not known."""
+        return not hasattr(self.records, "__len__")
+
+    def read(self, start: int, stop: int) -> Iterator[tuple[int, "Document | BrokenRecordError"]]:
+        """Documents `start` to `stop` (or to the end) with their numbers; broken ones as the error that they are."""
+        if self.is_streamed:
+            numbered = enumerate(self.records.skip(start).take(stop - start), start)
+        else:
+            numbered = ((index, self.records[index]) for index in range(start, min(stop, len(self.records))))
+        for index, record in numbered:
+            yield index, self._document(index, record)
+
+    def _document(self, index: int, record: dict) -> "Document | BrokenRecordError":
+        own = {name: record.get(column) for name, column in self.columns.items()}
+        name = str(index if own["id"] is None else own["id"])
+        try:
+            messages, pictures = self.to_messages(own)
+            _check(messages, len(pictures))
+            return Document(name, messages, [self._open(picture) for picture in pictures])
+        except (ValueError, TypeError, KeyError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            return BrokenRecordError(f"record {name}: {type(error).__name__}: {error}")
+
+    def _open(self, picture: Any) -> Image.Image:
+        if isinstance(picture, dict):
+            picture = picture["bytes"] if picture.get("bytes") else picture.get("path")
+        if picture is None:
+            raise ValueError("a picture is missing")
+        if isinstance(picture, bytes):
+            with Image.open(BytesIO(picture)) as image:
+                return to_rgb(image)
+        if isinstance(picture, str):
+            local = self.folder / picture
+            return open_picture(str(local) if local.is_file() else picture)
+        return to_rgb(picture)
+
+
+def load_reader(spec: dict) -> DocumentReader:
+    """The reader of a recipe's dataset.
+
+    Args:
+        spec: `kind` and `columns`; and either `class`, "module:name" of a sequence of records with its arguments in
+            `args`, or what `datasets.load_dataset` takes: `path`, `name`, `data_files`, `data_dir`, `split`,
+            `revision`, `streaming`. `folder` is where relative picture paths start.
+
+    Raises:
+        ValueError: If the dataset cannot be loaded, or an entry is unknown.
+    """
+    from .data import import_class
+
+    spec = dict(spec)
+    kind, columns = spec.pop("kind", None), spec.pop("columns", None)
+    folder = spec.pop("folder", spec.get("data_dir") or ".")
+    if "class" in spec:
+        path, args = spec.pop("class"), spec.pop("args", {})
+        if spec:
+            raise ValueError(f"A dataset of a class has no entries {sorted(spec)}; its arguments stand in `args`.")
+        return DocumentReader(import_class(path)(**args), kind, columns, folder)
+    known = {"path", "name", "data_files", "data_dir", "split", "revision", "streaming"}
+    if not spec.get("path") or set(spec) - known:
+        raise ValueError(
+            f'A dataset needs `class: "module:name"`, or `path` and what else `datasets.load_dataset` takes '
+            f"({sorted(known)}), got {sorted(spec)}."
+        )
+    return DocumentReader(_load_dataset(spec), kind, columns, folder)
+
+
+def _load_dataset(spec: dict):
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(**{"split": "train", **spec})
+    except (FileNotFoundError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"The dataset {spec['path']!r} cannot be loaded: {error}") from error
+    # Pictures are opened one by one, so that a broken one costs one record.
+    return dataset.decode(False) if spec.get("streaming") else _undecoded(dataset)
+
+
+def _undecoded(dataset):
+    for name, feature in dataset.features.items():
+        undecoded = _undecoded_feature(feature)
+        if undecoded != feature:
+            dataset = dataset.cast_column(name, undecoded)
+    return dataset
+
+
+def _undecoded_feature(feature):
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, dict):
+        return {name: _undecoded_feature(own) for name, own in feature.items()}
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        return type(feature)(_undecoded_feature(feature.feature))
+    return feature
+
+
+def _check(messages: list[dict], pictures: int) -> None:
+    if not messages:
+        raise ValueError("there are no messages")
+    places = 0
+    for turn in messages:
+        if turn["role"] is None and len(messages) > 1:
+            raise ValueError("a document without turns is a single message")
+        if not turn["content"]:
+            raise ValueError("a turn is empty")
+        for part in turn["content"]:
+            if part["type"] == "image":
+                places += 1
+            elif part["type"] != "text":
+                raise ValueError(f"a part is text or an image, got {part['type']!r}")
+            elif not _is_text(part["text"]):
+                raise ValueError("a text is empty or no text")
+    if places != pictures:
+        raise ValueError(f"there are places for {places} pictures, but {pictures} pictures")
+
+
+def _is_text(text: Any) -> bool:
+    wordings = text if isinstance(text, list) else [text]
+    return bool(wordings) and all(isinstance(own, str) and own.strip() for own in wordings)
+
+
+def _text(text: Any) -> dict:
+    return {"type": "text", "text": text}
+
+
+_IMAGE = {"type": "image"}
+
+
+def _of_text(own: dict) -> tuple[list[dict], list]:
+    return [{"role": None, "content": [_text(own["text"])]}], []
+
+
+def _of_text_to_image(own: dict) -> tuple[list[dict], list]:
+    asked, answered = [_text(own["text"])], [_IMAGE]
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}], [own["image"]]
+
+
+def _of_image_to_text(own: dict) -> tuple[list[dict], list]:
+    question = [] if own["question"] is None else [_text(own["question"])]
+    asked, answered = [_IMAGE, *question], [_text(own["text"])]
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}], [own["image"]]
+
+
+def _of_edit(own: dict) -> tuple[list[dict], list]:
+    asked, answered = [_IMAGE, _text(own["instruction"])], [_IMAGE]
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    return messages, [own["image"], own["edited"]]
+
+
+def _of_interleaved(own: dict) -> tuple[list[dict], list]:
+    content, pictures = [], []
+    for part in own["content"]:
+        # Tables give every part both columns, one of them empty.
+        if part.get("image") is not None:
+            content.append(_IMAGE)
+            pictures.append(part["image"])
+        else:
+            content.append(_text(part["text"]))
+    return [{"role": None, "content": content}], pictures
+
+
+def _of_messages(own: dict) -> tuple[list[dict], list]:
+    messages = []
+    for turn in own["messages"]:
+        content = turn["content"]
+        parts = [_text(content)] if isinstance(content, str) else content
+        parts = [
+            _IMAGE if part["type"] == "image" else {"type": part["type"], "text": part.get("text")} for part in parts
+        ]
+        messages.append({"role": turn["role"], "content": parts})
+    return messages, list(own["images"] or ())
+
+
+# Kind -> how a record's columns become messages and pictures, and the columns' default names.
+KINDS: dict[str, tuple[Callable, tuple[str, ...]]] = {
+    "text": (_of_text, ("text",)),
+    "text_to_image": (_of_text_to_image, ("text", "image")),
+    "image_to_text": (_of_image_to_text, ("image", "text", "question")),
+    "edit": (_of_edit, ("image", "instruction", "edited")),
+    "interleaved": (_of_interleaved, ("content",)),
+    "messages": (_of_messages, ("messages", "images")),
+}

@@ -1,0 +1,269 @@
+"""Code extraction offline: a dataset's documents with every picture as codes, in shards (NextFlow sections 2.2 and 4).
+
+Shard i of a dataset holds what has become of its records i * n to (i + 1) * n, so it can be made by any process at any
+time: it is made whole, under another name first, or not at all, and a run that was killed makes the missing ones. Two
+runs make the same bytes. The manifest is written when every shard is there.
+
+    DIRECTORY/settings.json                  what the shards were made with
+    DIRECTORY/NAME/shard-00000.parquet       id, messages (JSON), codes, input_codes, grids
+    DIRECTORY/NAME/manifest.json             shards, records, and the records left out, with reasons
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from ..modeling.modeling_nextflow_vq import NextFlowVQModel
+from ..modeling.scale_schedule import Grid
+from ..processing.image_processing_base_nextflow import buckets_from_schedule
+from ..processing.image_processing_pil_nextflow import NextFlowImageProcessorPil
+from .documents import BrokenRecordError, Document, DocumentReader
+from .sequences import CodedImage
+
+_SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "messages": pa.string(),
+        "codes": pa.list_(pa.list_(pa.int32())),
+        "input_codes": pa.list_(pa.list_(pa.int32())),
+        "grids": pa.list_(pa.list_(pa.list_(pa.int32()))),
+    }
+)
+
+
+@dataclass(frozen=True)
+class ExtractionSettings:
+    """What decides a shard's content.
+
+    Attributes:
+        resolution: Side of the square picture in pixels; pictures go to the aspect-ratio buckets of this level.
+        top_k: Self-correction: the slots are fed codes drawn from so many nearest ones. 0: none is.
+        corruption: Share of each scale's positions that are drawn so (0.6 in the paper).
+        shard_size: Records of a shard.
+        batch_size: Pictures encoded at a time.
+        max_broken: Broken records after which extraction stops.
+        seed: Seed of the drawing.
+    """
+
+    resolution: int
+    top_k: int = 0
+    corruption: float = 0.6
+    shard_size: int = 1000
+    batch_size: int = 64
+    max_broken: int = 100
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("resolution", "shard_size", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Extraction needs a positive `{name}`, got {getattr(self, name)}.")
+        if self.top_k < 0 or not 0 <= self.corruption <= 1 or self.max_broken < 0:
+            raise ValueError(
+                "Extraction needs top_k >= 0, corruption in [0, 1] and max_broken >= 0, got "
+                f"{self.top_k}, {self.corruption}, {self.max_broken}."
+            )
+
+
+def extract(
+    readers: dict[str, DocumentReader], vq_model: NextFlowVQModel, directory: str | Path, settings: ExtractionSettings
+) -> dict[str, dict]:
+    """Write the shards of all datasets that are not there yet; under `accelerate launch`, by all processes together.
+
+    Args:
+        readers: The datasets, by name.
+        vq_model: The tokenizer.
+        directory: Where the shards go.
+        settings: How they are made.
+
+    Returns:
+        The manifest of each dataset.
+
+    Raises:
+        ValueError: If the directory holds shards made otherwise, or too many records are broken.
+    """
+    directory = Path(directory)
+    processes = PartialState()
+    vq_model = vq_model.eval().to(processes.device)
+    made_with = {**asdict(settings), "codebook_fingerprint": vq_model.fingerprint()}
+    _claim(directory, made_with, processes)
+    manifests = {}
+    for name, reader in readers.items():
+        folder = directory / name
+        folder.mkdir(parents=True, exist_ok=True)
+        writer = _ShardWriter(name, reader, vq_model, folder, settings)
+        writer.run(processes)
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            _write_json(folder / "manifest.json", writer.manifest(made_with["codebook_fingerprint"]))
+        processes.wait_for_everyone()
+        manifests[name] = json.loads((folder / "manifest.json").read_text())
+    return manifests
+
+
+class _ShardWriter:
+    """Writes the shards of one dataset."""
+
+    def __init__(self, name, reader, vq_model, folder, settings):
+        self.name, self.reader, self.vq_model, self.folder, self.settings = name, reader, vq_model, folder, settings
+        schedule = vq_model.config.schedule
+        self.image_processor = NextFlowImageProcessorPil(
+            buckets=buckets_from_schedule(schedule),
+            resolution=settings.resolution,
+            downsample=schedule.downsample,
+        )
+
+    def run(self, processes: PartialState) -> None:
+        size = self.settings.shard_size
+        total = None if self.reader.is_streamed else len(self.reader)
+        broken = sum(len(own["broken"]) for own in self._shards())
+        shard = processes.process_index
+        bar = tqdm(total=total, desc=f"extract {self.name}", unit="record", disable=not processes.is_main_process)
+        while total is None or shard * size < total:
+            path = self.folder / f"shard-{shard:05d}.parquet"
+            if not path.is_file():
+                table = self._make(shard)
+                if table is None:
+                    break
+                _write_table(path, table)
+                newly = json.loads(table.schema.metadata[b"broken"])
+                broken += len(newly)
+                if newly and broken > self.settings.max_broken:
+                    raise ValueError(
+                        f"{broken} records of {self.name!r} are broken, more than max_broken="
+                        f"{self.settings.max_broken}. The last: {newly[-1]}"
+                    )
+            # A process sees its own shards; the others keep pace.
+            stop = (shard + processes.num_processes) * size
+            bar.update((stop if total is None else min(stop, total)) - bar.n)
+            shard += processes.num_processes
+        bar.close()
+
+    def _make(self, shard: int) -> pa.Table | None:
+        """Shard number `shard`; `None` behind the end of a stream."""
+        size = self.settings.shard_size
+        documents: list[Document] = []
+        broken: list[str] = []
+        number = 0
+        for _, document in self.reader.read(shard * size, (shard + 1) * size):
+            number += 1
+            if isinstance(document, BrokenRecordError):
+                broken.append(str(document))
+            else:
+                documents.append(document)
+        if number == 0:
+            return None
+        coded = self._encode(documents, shard, broken)
+        rows = [
+            {
+                "id": document.id,
+                "messages": json.dumps(document.messages, ensure_ascii=False),
+                "codes": [own.codes for own in images],
+                "input_codes": [own.input_codes for own in images],
+                "grids": [own.grids for own in images],
+            }
+            for document, images in coded
+        ]
+        metadata = {"records": str(number), "broken": json.dumps(broken, ensure_ascii=False)}
+        return pa.Table.from_pylist(rows, _SCHEMA).replace_schema_metadata(metadata)
+
+    def _encode(
+        self, documents: list[Document], shard: int, broken: list[str]
+    ) -> list[tuple[Document, list[CodedImage]]]:
+        """Every document with the codes of its pictures; those with a picture of no bucket join the broken ones."""
+        groups: dict[tuple[Grid, ...], list[tuple[int, int]]] = {}
+        fitting = []
+        for number, document in enumerate(documents):
+            try:
+                grids = [
+                    tuple(map(tuple, self.image_processor.bucket_of(image.height, image.width)))
+                    for image in document.images
+                ]
+            except ValueError as error:
+                broken.append(f"record {document.id}: {error}")
+                continue
+            fitting.append(number)
+            for place, own in enumerate(grids):
+                groups.setdefault(own, []).append((number, place))
+        coded: dict[tuple[int, int], CodedImage] = {}
+        for grids, members in groups.items():
+            for first in range(0, len(members), self.settings.batch_size):
+                chosen = members[first : first + self.settings.batch_size]
+                images = [documents[number].images[place] for number, place in chosen]
+                pixels = self.image_processor(images, return_tensors="pt")["pixel_values"].to(self.vq_model.device)
+                seed = zlib.crc32(f"{self.settings.seed} {self.name} {shard} {grids} {first}".encode())
+                encoding = self.vq_model.encode(
+                    pixels,
+                    grids,
+                    top_k=self.settings.top_k or None,
+                    corruption=self.settings.corruption,
+                    generator=torch.Generator().manual_seed(seed),
+                )
+                for own, codes, fed in zip(chosen, encoding.codes.tolist(), encoding.input_codes.tolist()):
+                    coded[own] = CodedImage(codes, grids, fed)
+        return [
+            (documents[number], [coded[number, place] for place in range(len(documents[number].images))])
+            for number in fitting
+        ]
+
+    def _shards(self) -> Iterator[dict]:
+        for path in sorted(self.folder.glob("shard-*.parquet")):
+            file = pq.ParquetFile(path)
+            metadata = file.schema_arrow.metadata
+            yield {
+                "file": path.name,
+                "records": int(metadata[b"records"]),
+                "documents": file.metadata.num_rows,
+                "broken": json.loads(metadata[b"broken"]),
+            }
+
+    def manifest(self, fingerprint: str) -> dict:
+        shards = list(self._shards())
+        broken = [own for shard in shards for own in shard.pop("broken")]
+        return {
+            "name": self.name,
+            "codebook_fingerprint": fingerprint,
+            "records": sum(shard["records"] for shard in shards),
+            "documents": sum(shard["documents"] for shard in shards),
+            "broken": broken,
+            "shards": shards,
+        }
+
+
+def _claim(directory: Path, made_with: dict, processes: PartialState) -> None:
+    """Note what the directory's shards are made with, or refuse a directory whose shards were made otherwise."""
+    path = directory / "settings.json"
+    if processes.is_main_process and not path.is_file():
+        directory.mkdir(parents=True, exist_ok=True)
+        _write_json(path, made_with)
+    processes.wait_for_everyone()
+    before = json.loads(path.read_text())
+    differing = sorted(name for name in made_with if before.get(name) != made_with[name])
+    if differing:
+        changes = ", ".join(f"{name} {before.get(name)} -> {made_with[name]}" for name in differing)
+        raise ValueError(f"{directory} holds codes made with other settings ({changes}). Name another directory.")
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    _write_whole(path, lambda unfinished: pq.write_table(table, unfinished))
+
+
+def _write_json(path: Path, content: dict) -> None:
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    _write_whole(path, lambda unfinished: unfinished.write_text(text))
+
+
+def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    write(unfinished)
+    with open(unfinished, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
