@@ -1,4 +1,4 @@
-"""The command line: `nextflow-hf generate | describe | train | evaluate | demo`."""
+"""The command line: `nextflow-hf generate | describe | train | extract | evaluate | demo`."""
 
 import argparse
 import json
@@ -46,6 +46,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", help="key.sub=value")
     train.add_argument("--threads", type=int, help="CPU threads")
     train.set_defaults(run=_train)
+
+    extract = commands.add_parser("extract", help="turn datasets into shards of codes for training")
+    extract.add_argument("recipe", help="a YAML file, or the name of a bundled recipe, of the stage extract")
+    extract.add_argument("overrides", nargs="*", help="key.sub=value")
+    extract.add_argument("--threads", type=int, help="CPU threads")
+    extract.set_defaults(run=_extract)
 
     evaluate = commands.add_parser("evaluate", help="score a checkpoint")
     evaluate.add_argument("suite", choices=["scenes"])
@@ -112,6 +118,20 @@ def _train(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     run_recipe(load_recipe(args.recipe, args.overrides))
+
+
+def _extract(args: argparse.Namespace) -> None:
+    import torch
+
+    from .training.extraction import run_extraction
+    from .training.recipe import load_recipe
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    recipe = load_recipe(args.recipe, args.overrides)
+    if recipe.stage != "extract":
+        raise ValueError(f"Recipe {args.recipe!r} is of the stage {recipe.stage!r}; run it with `nextflow-hf train`.")
+    run_extraction(recipe)
 
 
 def _evaluate(args: argparse.Namespace) -> None:

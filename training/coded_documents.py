@@ -42,14 +42,14 @@ class CodedDocuments(Dataset):
     def __len__(self):
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[list[dict], list[CodedImage]]:
-        """Messages, and the pictures as codes."""
+    def __getitem__(self, index: int) -> tuple[str, list[dict], list[CodedImage]]:
+        """Id, messages, and the pictures as codes."""
         row = self.rows[index]
         images = [
             CodedImage(codes, tuple(tuple(grid) for grid in grids), fed)
             for codes, grids, fed in zip(row["codes"], row["grids"], row["input_codes"])
         ]
-        return json.loads(row["messages"]), images
+        return row["id"], json.loads(row["messages"]), images
 
 
 class MixedSequences(Dataset):
@@ -95,14 +95,14 @@ class MixedSequences(Dataset):
         return len(self.source_of)
 
     def __getitem__(self, index: int) -> dict:
-        messages, images = self.sources[self.source_of[index]][int(self.document_of[index])]
+        name, messages, images = self.sources[self.source_of[index]][int(self.document_of[index])]
         rng = np.random.default_rng((self.seed, index))
         messages = [{**turn, "content": [_one_wording(part, rng) for part in turn["content"]]} for turn in messages]
         answers_with_a_picture = messages[-1]["role"] == "assistant" and any(
             part["type"] == "image" for part in messages[-1]["content"]
         )
         without_prompt = answers_with_a_picture and rng.random() < self.prompt_dropout
-        return self.builder.build(messages, images, without_prompt)
+        return {"id": name, **self.builder.build(messages, images, without_prompt)}
 
 
 def _one_wording(part: dict, rng: np.random.Generator) -> dict:

@@ -26,7 +26,8 @@ from ..modeling.modeling_nextflow_vq import NextFlowVQModel
 from ..modeling.scale_schedule import Grid
 from ..processing.image_processing_base_nextflow import buckets_from_schedule
 from ..processing.image_processing_pil_nextflow import NextFlowImageProcessorPil
-from .documents import BrokenRecordError, Document, DocumentReader
+from .documents import BrokenRecordError, Document, DocumentReader, load_reader
+from .recipe import Recipe
 from .sequences import CodedImage
 
 _SCHEMA = pa.schema(
@@ -71,6 +72,18 @@ class ExtractionSettings:
                 "Extraction needs top_k >= 0, corruption in [0, 1] and max_broken >= 0, got "
                 f"{self.top_k}, {self.corruption}, {self.max_broken}."
             )
+
+
+def run_extraction(recipe: Recipe) -> None:
+    """The stage "extract": the recipe's `data`, by the tokenizer `init_from.vq`, into `output_dir`.
+
+    `stage_args` are those of `ExtractionSettings`.
+    """
+    settings = ExtractionSettings(**recipe.stage_args)
+    readers = {name: load_reader(spec) for name, spec in recipe.data.items()}
+    if not readers:
+        raise ValueError('A recipe of the stage "extract" needs `data`: the datasets, by name.')
+    extract(readers, NextFlowVQModel.from_pretrained(recipe.init_from["vq"]), recipe.output_dir, settings)
 
 
 def extract(

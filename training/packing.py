@@ -10,13 +10,14 @@ pictures break; here a document id stands at every position (`NextFlowModel.forw
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from ..modeling.configuration_nextflow import NextFlowConfig
 from ..modeling.scale_schedule import Grid
-from .sequences import IGNORED, pad_rows, stack_images
+from .sequences import IGNORED, ids_of, pad_rows, stack_images
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,13 @@ class PackedSequences(IterableDataset):
         self.max_tokens, self.window, self.min_fill = max_tokens, window, min_fill
 
     def __iter__(self) -> Iterator[Bin]:
+        worker = get_worker_info()
+        if worker is None:
+            return self._bins()
+        # Every worker packs everything and gives its share: packing is cheap beside a step.
+        return islice(self._bins(), worker.id, None, worker.num_workers)
+
+    def _bins(self) -> Iterator[Bin]:
         waiting: list[dict] = []
         for item in self.sequences:
             waiting.append(item)
@@ -192,4 +200,5 @@ def collate_packed(bins: list[Bin]) -> dict[str, torch.Tensor]:
         "labels": pad_rows(labels, IGNORED),
         "document_ids": pad_rows(documents, -1),
     }
-    return {**batch, **stack_images([item for own in bins for item in own.items])}
+    items = [item for own in bins for item in own.items]
+    return {**batch, **stack_images(items), **ids_of(items)}

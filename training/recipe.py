@@ -13,12 +13,14 @@ class Recipe:
     """A training stage.
 
     Attributes:
-        stage: Which trainer runs it: "teacher", "vq" or "decoder".
+        stage: What runs it: a name of `training.stages.STAGES`.
         output_dir: Where checkpoints, logs and the result go.
         preset: Shape of the model, a name of `NextFlowConfig.from_preset`.
         config: Configuration entries that differ from the preset (`vq.` in front for the tokenizer's).
         init_from: Folders of earlier stages by role, e.g. {"teacher": ..., "vq": ..., "decoder": ...}.
         source: The pictures; see `training.data.load_source`.
+        data: Datasets by name. To extract: what `training.documents.load_reader` takes. To train on: `codes`, the
+            folder of an extracted dataset, and `weight`.
         stage_args: What only this stage knows; see its trainer.
         trainer: Arguments of `transformers.TrainingArguments`.
     """
@@ -29,6 +31,7 @@ class Recipe:
     config: dict = field(default_factory=dict)
     init_from: dict = field(default_factory=dict)
     source: dict = field(default_factory=dict)
+    data: dict = field(default_factory=dict)
     stage_args: dict = field(default_factory=dict)
     trainer: dict = field(default_factory=dict)
 

@@ -154,6 +154,7 @@ class SequenceBuilder:
             "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
             "labels": pad_rows([item["labels"] for item in items], IGNORED),
             **stack_images(items),
+            **ids_of(items),
         }
 
 
@@ -167,6 +168,11 @@ def stack_images(items: Sequence[dict]) -> dict[str, torch.Tensor]:
         "image_labels": pad_rows([own for item in items for own in item["image_labels"]], IGNORED),
         "image_grids": torch.nn.utils.rnn.pad_sequence([torch.tensor(own) for own in grids], batch_first=True),
     }
+
+
+def ids_of(items: Sequence[dict]) -> dict[str, list[str]]:
+    """Names of the sequences' records, where they have names, for the report of a step that fails."""
+    return {"ids": [item["id"] for item in items]} if all("id" in item for item in items) else {}
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int) -> torch.LongTensor:

@@ -1,5 +1,6 @@
 """What every stage shares: transformers' `Trainer`, an average of the weights, resumption, whole files."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -55,8 +56,24 @@ class EmaCallback(TrainerCallback):
                 parameter.copy_(self.average[name])
 
 
+class FiniteCallback(TrainerCallback):
+    """Stops the run before a step with a gradient that is not finite can spoil the weights."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            raise NonFiniteError(f"The gradient of step {state.global_step + 1} has the norm {norm.item()}")
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient is NaN or infinite."""
+
+
 class StageTrainer(Trainer):
-    """`Trainer` that logs the mean of every loss term a model's output carries.
+    """`Trainer` that logs the mean of every loss term a model's output carries, and stops where one is not finite.
+
+    The ids of the records of the step in which that happens are written to `nonfinite.json` in the output folder.
 
     Args:
         loss_function: `(model, batch)` -> output with `.loss`; other `*_loss` entries are logged.
@@ -68,9 +85,16 @@ class StageTrainer(Trainer):
         self.terms: dict[str, list[torch.Tensor]] = {}
         # Every stage's loss is a mean over its own batch.
         self.model_accepts_loss_kwargs = False
+        self.ids_of_step: tuple[int, list[str]] = (0, [])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        step = self.state.global_step + 1
+        before = self.ids_of_step[1] if self.ids_of_step[0] == step else []
+        self.ids_of_step = (step, before + inputs.pop("ids", []))
         output = self.loss_function(model, inputs)
+        if not torch.isfinite(output.loss):
+            raise NonFiniteError(f"The loss of step {step} is {output.loss.item()}")
         for name, value in output.items():
             if name.endswith("_loss") and torch.is_tensor(value):
                 self.terms.setdefault(name, []).append(value.detach())
@@ -98,10 +122,12 @@ def run_stage(
     """Train `model`, resuming from the newest checkpoint in the recipe's folder, and return it with averaged weights.
 
     Raises:
-        ValueError: If the folder cannot be written.
+        ValueError: If the folder cannot be written, or has no room for the checkpoints.
+        NonFiniteError: If a loss or gradient is NaN or infinite; the ids of the step's records are then in
+            `nonfinite.json`, and the weights of the last checkpoint are good.
     """
     folder = Path(recipe.output_dir)
-    check_writable(folder)
+    check_writable(folder, bytes_needed=_checkpoint_bytes(model))
     arguments = {
         "seed": 0,
         "remove_unused_columns": False,
@@ -109,6 +135,8 @@ def run_stage(
         "save_total_limit": 1,
         "logging_steps": 50,
         "disable_tqdm": False,
+        # Every rank reads a stream itself and takes its turns: rows of unequal length cannot be cut from one batch.
+        "accelerator_config": {"dispatch_batches": False},
         **recipe.trainer,
     }
     args = TrainingArguments(output_dir=str(folder), **arguments)
@@ -121,16 +149,40 @@ def run_stage(
         train_dataset=dataset,
         data_collator=collate,
         loss_function=loss_function,
-        callbacks=[ema, *callbacks],
+        callbacks=[ema, FiniteCallback(), *callbacks],
     )
-    trainer.train(resume_from_checkpoint=last)
-    trainer.state.save_to_json(str(folder / "trainer_state.json"))
+    if last is not None and _step_of(last) >= args.max_steps > 0:
+        # Killed between its last checkpoint and its result: the weights are there.
+        model.load_state_dict(type(model).from_pretrained(last).state_dict())
+        ema.on_train_begin(args, trainer.state, trainer.control, model=model)
+        shutil.copyfile(Path(last) / "trainer_state.json", folder / "trainer_state.json")
+    else:
+        try:
+            trainer.train(resume_from_checkpoint=last)
+        except NonFiniteError as error:
+            step, ids = trainer.ids_of_step
+            (folder / "nonfinite.json").write_text(json.dumps({"error": str(error), "step": step, "ids": ids}) + "\n")
+            raise NonFiniteError(
+                f"{error}. The ids of its records are in {folder / 'nonfinite.json'}; the last checkpoint is good."
+            ) from error
+        trainer.state.save_to_json(str(folder / "trainer_state.json"))
     ema.copy_to(model)
     return model.eval()
 
 
-def check_writable(folder: Path) -> None:
-    """Raise `ValueError` unless files can be written to `folder`, before any work is done for it."""
+def _step_of(checkpoint: str) -> int:
+    return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
+
+
+def _checkpoint_bytes(model: PreTrainedModel) -> int:
+    """Weights, their average and Adam's two moments; twice, as the old checkpoint goes when the new one is whole."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return 2 * (weights + 3 * trained)
+
+
+def check_writable(folder: Path, bytes_needed: int = 0) -> None:
+    """Raise `ValueError` unless so many bytes can be written to `folder`, before any work is done for it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write-test"
@@ -138,6 +190,11 @@ def check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"Cannot write to {folder}: {error}") from error
+    free = shutil.disk_usage(folder).free
+    if free < bytes_needed:
+        raise ValueError(
+            f"{folder} has {free / 1e9:.1f} GB left, but the run's checkpoints need {bytes_needed / 1e9:.1f} GB."
+        )
 
 
 def save_whole(folder: Path, save: Callable[[Path], None]) -> None:

@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 
+from transformers import set_seed
+
+from .extraction import run_extraction
 from .recipe import Recipe
 from .train_decoder import train_decoder
 from .train_text_tokenizer import train_text_tokenizer
@@ -11,6 +14,7 @@ STAGES: dict[str, Callable[[Recipe], None]] = {
     "text_tokenizer": train_text_tokenizer,
     "teacher": train_teacher,
     "vq": train_vq,
+    "extract": run_extraction,
     "decoder": train_decoder,
 }
 
@@ -23,4 +27,6 @@ def run_recipe(recipe: Recipe) -> None:
     """
     if recipe.stage not in STAGES:
         raise ValueError(f"A recipe's stage is one of {sorted(STAGES)}, got {recipe.stage!r}.")
+    # New weights are drawn before the trainer sets its seed.
+    set_seed(recipe.trainer.get("seed", 0))
     STAGES[recipe.stage](recipe)

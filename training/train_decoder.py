@@ -1,5 +1,6 @@
 """The decoder's stages: drawing and reading pictures whose codes were extracted beforehand."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from ..modeling.configuration_nextflow import NextFlowConfig
 from ..modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling.modeling_nextflow_vq import NextFlowVQModel
 from .code_extraction import extract_codes
+from .coded_documents import CodedDocuments, MixedSequences
 from .data import PairSource, load_source
+from .packing import PackedSequences, SequenceCost, collate_packed, tokens_of
 from .recipe import Recipe
 from .sequences import SequenceBuilder
 from .stage_trainer import run_stage, save_whole
@@ -99,19 +102,66 @@ class SampleGridCallback(TrainerCallback):
 def train_decoder(recipe: Recipe) -> None:
     """Train the decoder on a frozen tokenizer.
 
-    `init_from`: `tokenizer` (text), `vq`, and `decoder` to go on from. `stage_args`: `codes` (file of extracted codes),
-    `prefix_scales`, `read_share`, `prompt_dropout`, `epochs`, `sample_prompts`, `sample_every`, `abilities`,
-    `sampling` (the `image_*` generation settings that the checkpoint is to carry).
+    `init_from`: `tokenizer` (text), `vq`, and `decoder` to go on from. What it trains on is either `data` (extracted
+    datasets, mixed by weight) or a `source` of pictures of one size. `stage_args`: `prefix_scales`, `prompt_dropout`,
+    `sample_prompts`, `sample_every`, `image_size` of the samples, `abilities`, `sampling` (the `image_*` generation
+    settings that the checkpoint is to carry), `attn_implementation`; for `data` also `sequences` (how many, before they
+    come again) and `packing` (`unit`: "tokens" or "flops", `capacity`, `max_tokens`, `window`); for a `source`, `codes`
+    (file of extracted codes), `read_share`, `epochs`.
+
+    Raises:
+        ValueError: If the recipe names neither `data` nor `source`, or an unknown unit.
     """
     stage = recipe.stage_args
+    if bool(recipe.data) == bool(recipe.source):
+        raise ValueError("A decoder's recipe needs either `data` (extracted datasets) or a `source` of pictures.")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(recipe.init_from["tokenizer"])
-    vq_model = NextFlowVQModel.from_pretrained(recipe.init_from["vq"])
+    vq_model = NextFlowVQModel.from_pretrained(recipe.init_from["vq"]).eval()
 
-    # 1. Codes of all pictures, once.
-    source = load_source(recipe.source)
-    codes, grids = extract_codes(source, vq_model.eval(), Path(stage["codes"]))
+    # 1. Codes: extracted beforehand, or here, once.
+    if recipe.source:
+        source = load_source(recipe.source)
+        codes, grids = extract_codes(source, vq_model, Path(stage["codes"]))
+        image_size = vq_model.config.schedule.image_size(grids[-1])
+    else:
+        image_size = tuple(stage["image_size"])
 
     # 2. The decoder of the stage before, or a new one.
+    model = _decoder_of(recipe, vq_model)
+    if "attn_implementation" in stage:
+        model.model.language_model.set_attn_implementation(stage["attn_implementation"])
+
+    # 3. Draw and read.
+    builder = SequenceBuilder(tokenizer, model.config, stage.get("prefix_scales"))
+    if recipe.source:
+        dataset = DrawAndReadDataset(
+            source,
+            codes,
+            grids,
+            builder,
+            read_share=stage.get("read_share", 0.2),
+            prompt_dropout=stage.get("prompt_dropout", 0.1),
+            epochs=stage.get("epochs", 100),
+        )
+        collate = builder.collate
+    else:
+        dataset, collate = _mixed_data(recipe, builder, vq_model.fingerprint())
+    model.generation_config = GenerationConfig(
+        eos_token_id=builder.end_of_turn,
+        pad_token_id=tokenizer.pad_token_id,
+        **{f"image_{name}": value for name, value in stage.get("sampling", {}).items()},
+    )
+    samples = SampleGridCallback(builder, stage.get("sample_prompts", []), image_size, stage.get("sample_every", 0))
+    model = run_stage(recipe, model, dataset, collate, lambda model, batch: model(**batch), [samples])
+
+    # 4. The result says what it can do.
+    model.config.abilities = stage.get("abilities")
+    model.config.trained_image_sizes = [list(own) for own in stage.get("trained_image_sizes", [image_size])]
+    model.vq_model.requires_grad_(True)
+    save_whole(Path(recipe.output_dir) / "final", lambda folder: _save(model, tokenizer, folder))
+
+
+def _decoder_of(recipe: Recipe, vq_model: NextFlowVQModel) -> NextFlowForConditionalGeneration:
     if "decoder" in recipe.init_from:
         model = NextFlowForConditionalGeneration.from_pretrained(recipe.init_from["decoder"])
         for name, value in recipe.config.items():
@@ -126,32 +176,28 @@ def train_decoder(recipe: Recipe) -> None:
     model.config.codebook_fingerprint = vq_model.fingerprint()
     model.set_vq_model(vq_model)
     model.vq_model.requires_grad_(False)
+    return model
 
-    # 3. Draw and read.
-    builder = SequenceBuilder(tokenizer, model.config, stage.get("prefix_scales"))
-    dataset = DrawAndReadDataset(
-        source,
-        codes,
-        grids,
+
+def _mixed_data(recipe: Recipe, builder: SequenceBuilder, fingerprint: str) -> tuple[Dataset, Callable]:
+    """Extracted datasets, mixed by weight and packed where the recipe says so, and how they are stacked."""
+    stage = recipe.stage_args
+    sequences = MixedSequences(
+        [CodedDocuments(own["codes"], fingerprint) for own in recipe.data.values()],
+        [own.get("weight", 1.0) for own in recipe.data.values()],
         builder,
-        read_share=stage.get("read_share", 0.2),
+        length=stage["sequences"],
         prompt_dropout=stage.get("prompt_dropout", 0.1),
-        epochs=stage.get("epochs", 100),
+        seed=recipe.trainer.get("seed", 0),
     )
-    image_size = model.config.schedule.image_size(grids[-1])
-    model.generation_config = GenerationConfig(
-        eos_token_id=builder.end_of_turn,
-        pad_token_id=tokenizer.pad_token_id,
-        **{f"image_{name}": value for name, value in stage.get("sampling", {}).items()},
-    )
-    samples = SampleGridCallback(builder, stage.get("sample_prompts", []), image_size, stage.get("sample_every", 0))
-    model = run_stage(recipe, model, dataset, builder.collate, lambda model, batch: model(**batch), [samples])
-
-    # 4. The result says what it can do.
-    model.config.abilities = stage.get("abilities")
-    model.config.trained_image_sizes = [list(image_size)]
-    model.vq_model.requires_grad_(True)
-    save_whole(Path(recipe.output_dir) / "final", lambda folder: _save(model, tokenizer, folder))
+    packing = dict(stage.get("packing") or {})
+    if not packing:
+        return sequences, builder.collate
+    unit = packing.pop("unit", "flops")
+    sizes = {"tokens": tokens_of, "flops": SequenceCost(builder.config)}
+    if unit not in sizes:
+        raise ValueError(f"The `unit` of packing is one of {sorted(sizes)}, got {unit!r}.")
+    return PackedSequences(sequences, size_of=sizes[unit], **packing), collate_packed
 
 
 def _save(model, tokenizer, folder: Path) -> None:

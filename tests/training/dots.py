@@ -28,3 +28,10 @@ class Dots:
 
 def codes_of(n=30):
     return list(range(n))
+
+
+class DotRecords(Dots):
+    """The same as records of a dataset."""
+
+    def __getitem__(self, index):
+        return {"id": index, "image": self.image(index), "words": [f"dot {index}", f"draw dot {index}"]}

@@ -187,7 +187,8 @@ def test_codes_are_the_tokenizers_in_the_buckets_of_the_pictures(tmp_path, vq_mo
     assert len(documents) == 10
     seen = set()
     for index in range(10):
-        messages, (image,) = documents[index]
+        name, messages, (image,) = documents[index]
+        assert name == f"dot-{index}"
         assert messages[0]["content"] == [{"type": "text", "text": f"dot {index}"}]
         seen.add(image.grids)
         assert len(image.codes) == sum(h * w for h, w in image.grids) and image.codes == image.input_codes
@@ -199,7 +200,7 @@ def test_self_correction_feeds_other_codes_than_it_learns(tmp_path, vq_model):
     extract({"dots": DocumentReader(captions(), "text_to_image")}, vq_model, tmp_path, settings)
     documents = CodedDocuments(tmp_path / "dots")
     differing = np.mean(
-        [np.mean(np.array(i.codes) != np.array(i.input_codes)) for d in range(10) for i in documents[d][1]]
+        [np.mean(np.array(i.codes) != np.array(i.input_codes)) for d in range(10) for i in documents[d][2]]
     )
     assert 0.3 < differing < 0.6
 
@@ -295,6 +296,7 @@ def test_datasets_are_mixed_by_weight_in_an_order_of_their_own(tmp_path, vq_mode
     bare = [item for item in drawn if item["input_ids"][0] == builder.config.boi_token_id]
     assert 0.15 < len(bare) / len(drawn) < 0.35
     assert len({len(item["input_ids"]) for item in items if not item["grids"]}) == 2
+    assert {item["id"] for item in drawn} == {f"dot-{i}" for i in range(10)}
     first_pass = mixed.document_of[mixed.source_of == 0][:10]
     assert sorted(first_pass) == list(range(10))
     with pytest.raises(ValueError, match="positive weight"):

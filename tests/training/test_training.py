@@ -16,7 +16,7 @@ from nextflow_hf.training.code_extraction import extract_codes
 from nextflow_hf.training.data import load_source, to_pixels
 from nextflow_hf.training.recipe import RECIPES, Recipe, load_recipe
 from nextflow_hf.training.sequences import SequenceBuilder
-from nextflow_hf.training.stage_trainer import check_writable, run_stage, save_whole
+from nextflow_hf.training.stage_trainer import NonFiniteError, check_writable, run_stage, save_whole
 from nextflow_hf.training.stages import STAGES, run_recipe
 from nextflow_hf.training.train_decoder import DrawAndReadDataset
 
@@ -268,3 +268,133 @@ def test_overrides():
 def test_refuses_recipes_that_cannot_run(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ---- failures --------------------------------------------------------------------------------------------------------
+
+
+def train_dots(folder, loss=None, max_steps=4, **trainer):
+    """A few steps of a linear model on numbered records."""
+    recipe = Recipe(
+        stage="decoder",
+        output_dir=str(folder),
+        trainer={
+            "max_steps": max_steps,
+            "per_device_train_batch_size": 2,
+            "save_steps": 2,
+            "disable_tqdm": True,
+            "use_cpu": True,
+            **trainer,
+        },
+    )
+    torch.manual_seed(0)
+    config = small_config().vq_config
+    model = NextFlowVQModel(config)
+    pictures = [{"id": f"dot-{i}", "pixels": torch.from_numpy(to_pixels(Dots().image(i)))} for i in range(8)]
+
+    def collate(items):
+        return {"pixels": torch.stack([own["pixels"] for own in items]), "ids": [own["id"] for own in items]}
+
+    def plain(model, batch):
+        return model(batch["pixels"], generator=torch.Generator().manual_seed(0))
+
+    return run_stage(recipe, model, pictures, collate, loss or plain)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_records(tmp_path):
+    calls = []
+
+    def loss(model, batch):
+        output = model(batch["pixels"], generator=torch.Generator().manual_seed(0))
+        calls.append(batch)
+        if len(calls) == 6:
+            output.loss = output.loss * float("nan")
+        return output
+
+    with pytest.raises(NonFiniteError, match="loss of step 3 is nan"):
+        train_dots(tmp_path, loss, gradient_accumulation_steps=2)
+    report = json.loads((tmp_path / "nonfinite.json").read_text())
+    assert report["step"] == 3 and len(report["ids"]) == 4 and all(own.startswith("dot-") for own in report["ids"])
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").is_file()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
+    def loss(model, batch):
+        output = model(batch["pixels"], generator=torch.Generator().manual_seed(0))
+        # Finite, with an infinite derivative.
+        output.loss = output.loss + (output.loss - output.loss.detach()).abs().sqrt()
+        return output
+
+    with pytest.raises(NonFiniteError, match="gradient of step 1"):
+        train_dots(tmp_path, loss)
+    assert len(json.loads((tmp_path / "nonfinite.json").read_text())["ids"]) == 2
+
+
+def test_a_run_killed_before_its_result_takes_it_from_the_last_checkpoint(tmp_path):
+    whole = train_dots(tmp_path)
+    log = (tmp_path / "trainer_state.json").read_text()
+    again = train_dots(tmp_path, lambda model, batch: pytest.fail("trained again"))
+    for (name, one), (_, other) in zip(whole.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(one, other), name
+    assert (
+        json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == json.loads(log)["global_step"] == 4
+    )
+
+
+def test_a_disk_without_room_is_an_error_before_the_first_step(tmp_path):
+    with pytest.raises(ValueError, match="GB left"):
+        check_writable(tmp_path, bytes_needed=10**18)
+
+
+def test_the_decoder_trains_on_packed_documents_of_extracted_datasets(tmp_path, tokenizer):
+    """Extract two datasets, train on packed rows of their mix, and again without a break and with one: same weights."""
+    vq_model = small_model().vq_model
+    vq_model.save_pretrained(tmp_path / "vq")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    dots = {"class": "dots:DotRecords", "args": {"pictures": 8}, "columns": {"text": "words"}}
+    run_recipe(
+        Recipe(
+            stage="extract",
+            output_dir=str(tmp_path / "codes"),
+            init_from={"vq": str(tmp_path / "vq")},
+            data={"draw": {"kind": "text_to_image", **dots}, "read": {"kind": "image_to_text", **dots}},
+            stage_args={"resolution": 32, "top_k": 4, "shard_size": 3},
+        )
+    )
+
+    def train(name, max_steps):
+        recipe = Recipe(
+            stage="decoder",
+            output_dir=str(tmp_path / name),
+            init_from={"vq": str(tmp_path / "vq"), "tokenizer": str(tmp_path / "tokenizer")},
+            data={
+                "draw": {"codes": str(tmp_path / "codes" / "draw"), "weight": 2},
+                "read": {"codes": str(tmp_path / "codes" / "read")},
+            },
+            config={"text.num_hidden_layers": 1},
+            stage_args={
+                "sequences": 200,
+                "image_size": [32, 32],
+                "attn_implementation": "block_varlen",
+                "packing": {"unit": "flops", "capacity": 2e8, "max_tokens": 400, "window": 16},
+            },
+            trainer={
+                "max_steps": max_steps,
+                "per_device_train_batch_size": 2,
+                "lr_scheduler_type": "constant",
+                "save_steps": 2,
+                "logging_steps": 1,
+                "disable_tqdm": True,
+                "use_cpu": True,
+            },
+        )
+        run_recipe(recipe)
+        return load_file(tmp_path / name / "final" / "model.safetensors")
+
+    whole = train("whole", 4)
+    train("parted", 2)
+    shutil.rmtree(tmp_path / "parted" / "final")
+    parted = train("parted", 4)
+    assert all(torch.equal(whole[name], parted[name]) for name in whole)
+    log = json.loads((tmp_path / "whole" / "trainer_state.json").read_text())["log_history"]
+    assert {"text_loss", "image_loss", "scale_4_loss"} <= log[0].keys()
