@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
@@ -23,14 +22,12 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextMod
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .block_attention import BLOCK_VARLEN, find_runs
+from .chunked_cross_entropy import chunked_cross_entropy
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextScaleGenerationMixin
 from .image_layout import ImageSpan, SequenceLayout, layout_sequences, positions_in_documents, read_grids
 from .modeling_nextflow_vq import NextFlowVQModel
 from .scale_schedule import Grid
-
-# Rows of logits over the whole vocabulary that a loss holds at a time.
-LOSS_CHUNK_ROWS = 1024
 
 
 @dataclass
@@ -514,12 +511,10 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextScaleGenerat
             if document_ids is not None:
                 same_document = F.pad(document_ids, (0, 1), value=-1)[:, 1:] == document_ids
                 shift_labels = shift_labels.masked_fill(~same_document, -100)
-        if shift_labels is not None:
-            text_loss = self._text_loss(hidden_states, shift_labels)
-        if image_labels is not None:
-            if outputs.layout is None:
-                raise ValueError("`image_labels` need `image_codes` or `pixel_values` to say where their slots are.")
-            image_loss, image_loss_per_scale = self._image_loss(hidden_states, image_labels, outputs.layout.spans)
+        if shift_labels is not None or image_labels is not None:
+            text_loss, image_loss, image_loss_per_scale = self._losses(
+                hidden_states, shift_labels, image_labels, outputs.layout
+            )
         losses = [loss for loss in (text_loss, image_loss) if loss is not None]
         return NextFlowOutput(
             loss=sum(losses) if losses else None,
@@ -532,15 +527,48 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextScaleGenerat
             image_loss_per_scale=image_loss_per_scale,
         )
 
-    def _text_loss(self, hidden_states: torch.Tensor, shift_labels: torch.LongTensor) -> torch.Tensor:
-        """Mean over what each position is to predict next; slots predict codes, and `<eoi>` is forced."""
-        ignored = (shift_labels == self.config.image_token_id) | (shift_labels == self.config.eoi_token_id)
-        labelled = (shift_labels != -100) & ~ignored
-        losses = self._cross_entropy(hidden_states[labelled], shift_labels[labelled])
-        return losses.sum() / labelled.sum().clamp(min=1)
+    def _losses(
+        self,
+        hidden_states: torch.Tensor,
+        shift_labels: torch.LongTensor | None,
+        image_labels: torch.LongTensor | None,
+        layout: SequenceLayout | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Text loss, image loss and the image loss of each scale; both modalities pass the head together."""
+        rows, labels = [], []
+        if shift_labels is not None:
+            # Slots predict codes, and `<eoi>` is forced.
+            ignored = (shift_labels == self.config.image_token_id) | (shift_labels == self.config.eoi_token_id)
+            labelled = (shift_labels != -100) & ~ignored
+            rows.append(hidden_states[labelled])
+            labels.append(shift_labels[labelled])
+        if image_labels is not None:
+            if layout is None:
+                raise ValueError("`image_labels` need `image_codes` or `pixel_values` to say where their slots are.")
+            slots, codes, weights, scales = self._labelled_slots(image_labels, layout.spans, hidden_states.device)
+            rows.append(hidden_states[slots])
+            labels.append(codes + self.config.code_start_id)
+        losses = list(
+            chunked_cross_entropy(self.lm_head, torch.cat(rows), torch.cat(labels)).split([len(own) for own in labels])
+        )
+        text_loss = image_loss = per_scale = None
+        if shift_labels is not None:
+            own = losses.pop(0)
+            text_loss = own.sum() / max(1, len(own))
+        if image_labels is not None:
+            own = losses.pop(0)
+            image_loss = (own * weights).sum() / max(1, len(own))
+            with torch.no_grad():
+                num_scales = self.config.schedule.num_scales
+                sums = own.new_zeros(num_scales).index_add(0, scales, own)
+                per_scale = sums / torch.bincount(scales, minlength=num_scales)
+        return text_loss, image_loss, per_scale
 
-    def _image_loss(self, hidden_states: torch.Tensor, image_labels: torch.LongTensor, spans: tuple[ImageSpan, ...]):
-        """NextFlow Eq 2: token weights 1 / (h w)^alpha, renormalised so that the total stays what it was."""
+    def _labelled_slots(self, image_labels: torch.LongTensor, spans: tuple[ImageSpan, ...], device) -> tuple:
+        """Row and column of the slots that have a label, and each one's code, loss weight and scale.
+
+        NextFlow Eq 2: token weights 1 / (h w)^alpha, renormalised so that the total stays what it was.
+        """
         if len(image_labels) != len(spans):
             raise ValueError(f"Labels of {len(image_labels)} images were given for {len(spans)} images.")
         num_codes = max(span.num_codes for span in spans)
@@ -556,7 +584,6 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextScaleGenerat
             own_weights, own_scales = self._scale_weights(span.grids[: span.num_predicted_scales])
             weights.append(own_weights)
             scales.append(own_scales)
-        device = hidden_states.device
         rows, columns = torch.cat(rows).to(device), torch.cat(columns).to(device)
         weights, scales, labels = torch.cat(weights).to(device), torch.cat(scales).to(device), torch.cat(labels)
         labelled = labels != -100
@@ -566,13 +593,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextScaleGenerat
                 f"Image labels must be codes 0..{self.config.vq_config.codebook_size - 1} or -100, got "
                 f"{labels.min().item()}..{labels.max().item()}."
             )
-        losses = self._cross_entropy(hidden_states[rows, columns], labels + self.config.code_start_id)
-        loss = (losses * weights).sum() / max(1, len(labels))
-        with torch.no_grad():
-            num_scales = self.config.schedule.num_scales
-            sums = losses.new_zeros(num_scales).index_add(0, scales, losses)
-            per_scale = sums / torch.bincount(scales, minlength=num_scales)
-        return loss, per_scale
+        return (rows, columns), labels, weights, scales
 
     def _scale_weights(self, grids: tuple[Grid, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and scale index of each code of an image with these grids; the weights have mean 1."""
@@ -580,17 +601,6 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextScaleGenerat
         weights = areas.float() ** -self.config.scale_loss_alpha
         weights = weights * (areas.sum() / (areas * weights).sum())
         return weights.repeat_interleave(areas), torch.arange(len(grids)).repeat_interleave(areas)
-
-    def _cross_entropy(self, hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
-        """Cross-entropy of each row `(rows, hidden_size)` without ever holding all rows' logits."""
-
-        def of_chunk(rows, targets):
-            return F.cross_entropy(self.lm_head(rows).float(), targets, reduction="none")
-
-        if len(labels) <= LOSS_CHUNK_ROWS:
-            return of_chunk(hidden_states, labels)
-        chunks = zip(hidden_states.split(LOSS_CHUNK_ROWS), labels.split(LOSS_CHUNK_ROWS))
-        return torch.cat([checkpoint(of_chunk, rows, targets, use_reentrant=False) for rows, targets in chunks])
 
 
 def _group(items, key) -> dict:

@@ -4,7 +4,6 @@ import torch.nn.functional as F
 from small_models import small_config, small_model
 from transformers import DynamicCache
 
-from nextflow_hf.modeling import modeling_nextflow
 from nextflow_hf.modeling.configuration_nextflow import NextFlowConfig, NextFlowVQConfig
 from nextflow_hf.modeling.image_layout import layout_sequences
 from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
@@ -227,23 +226,6 @@ def test_the_papers_weights_at_the_1024_level():
         assert own == pytest.approx(printed, rel=0.02)
     assert weights.mean().item() == pytest.approx(1.0, abs=1e-4)
     assert weights[scales < 8].sum().item() / 10084 == pytest.approx(0.359, abs=1e-3)
-
-
-def test_chunked_loss_and_gradient_equal_the_plain_ones(monkeypatch):
-    results = []
-    for rows in (1024, 7):
-        model = small_model()
-        monkeypatch.setattr(modeling_nextflow, "LOSS_CHUNK_ROWS", rows)
-        batch = batch_of_images(model.config)
-        output = model(
-            **batch,
-            labels=batch["input_ids"],
-            image_labels=batch["image_codes"].masked_fill(batch["image_codes"] < 0, -100),
-        )
-        output.loss.backward()
-        results.append((output.loss, model.lm_head.weight.grad, model.model.connector.linear_1.weight.grad))
-    for plain, chunked in zip(*results):
-        torch.testing.assert_close(plain, chunked, atol=1e-5, rtol=1e-5)
 
 
 def test_prefix_training_equals_the_whole_pictures_coarse_scales(model):

@@ -1,0 +1,95 @@
+"""Cross-entropy of a linear head over a large vocabulary, without ever holding all rows' logits.
+
+At 184,832 entries and 10,084 slots, one image's logits alone are 7.5 GB in float32. Here a chunk of rows is scored at a
+time, in the forward pass for the losses and once more in the backward pass for the gradients, which go straight into
+one buffer for the head's weight.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+# Logits held at a time: 256 MiB in float32.
+CHUNK_ELEMENTS = 2**26
+
+
+def chunked_cross_entropy(head: nn.Module, hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+    """Cross-entropy of each row.
+
+    Args:
+        head: The head, `(rows, hidden_size)` -> `(rows, vocab_size)`. A plain linear layer takes the lean path; one
+            that is wrapped, sharded, offloaded or under autocast is called as a module, chunk by chunk.
+        hidden_states: `(rows, hidden_size)`.
+        labels: `(rows,)`, each an entry of the vocabulary.
+
+    Returns:
+        float32 `(rows,)` (float64 for float64 inputs).
+    """
+    if _is_plain(head, hidden_states):
+        return _LinearCrossEntropy.apply(hidden_states, head.weight, labels)
+
+    def of_chunk(rows, targets):
+        return _losses(head(rows), targets)
+
+    rows_at_once = max(1, CHUNK_ELEMENTS // head.out_features) if hasattr(head, "out_features") else 256
+    if len(labels) <= rows_at_once:
+        return of_chunk(hidden_states, labels)
+    chunks = zip(hidden_states.split(rows_at_once), labels.split(rows_at_once))
+    return torch.cat([checkpoint(of_chunk, rows, targets, use_reentrant=False) for rows, targets in chunks])
+
+
+def _is_plain(head: nn.Module, hidden_states: torch.Tensor) -> bool:
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and type(head.weight) in (nn.Parameter, torch.Tensor)
+        and not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
+        and head.weight.device == hidden_states.device
+        and head.weight.dtype == hidden_states.dtype
+        and not torch.is_autocast_enabled(hidden_states.device.type)
+    )
+
+
+def _losses(logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+    return F.cross_entropy(_widen(logits), labels, reduction="none")
+
+
+def _widen(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_states, weight, labels):
+        ctx.rows = max(1, CHUNK_ELEMENTS // len(weight))
+        losses, normalizers = [], []
+        for rows, targets in zip(hidden_states.split(ctx.rows), labels.split(ctx.rows)):
+            logits = _widen(rows @ weight.T)
+            normalizers.append(logits.logsumexp(dim=1))
+            losses.append(normalizers[-1] - logits.gather(1, targets[:, None])[:, 0])
+        if not losses:
+            return _widen(hidden_states.new_zeros(0))
+        ctx.save_for_backward(hidden_states, weight, labels, torch.cat(normalizers))
+        return torch.cat(losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_losses):
+        if not ctx.saved_tensors:
+            return None, None, None
+        hidden_states, weight, labels, normalizers = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden_states) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for first in range(0, len(labels), ctx.rows):
+            chosen = slice(first, first + ctx.rows)
+            rows, targets = hidden_states[chosen], labels[chosen]
+            grad_logits = _widen(rows @ weight.T).sub_(normalizers[chosen, None]).exp_()
+            grad_logits[torch.arange(len(targets), device=targets.device), targets] -= 1
+            grad_logits = grad_logits.mul_(grad_losses[chosen, None]).to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[chosen] = grad_logits @ weight
+            if grad_weight is not None:
+                grad_weight.addmm_(grad_logits.T, rows)
+        return grad_hidden, grad_weight, None

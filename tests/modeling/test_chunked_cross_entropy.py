@@ -1,0 +1,73 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import small_model
+from test_decoder import batch_of_images
+from torch import nn
+
+from nextflow_hf.modeling import chunked_cross_entropy as module
+from nextflow_hf.modeling.chunked_cross_entropy import chunked_cross_entropy
+
+
+class Wrapped(nn.Module):
+    """A head that must be called as a module, such as one with an adapter."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head, self.out_features = head, head.out_features
+
+    def forward(self, rows):
+        return self.head(rows)
+
+
+@pytest.mark.parametrize("wrap", [lambda head: head, Wrapped], ids=["plain", "wrapped"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_loss_and_gradients_equal_the_plain_ones(monkeypatch, wrap, dtype):
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 7 * 50)
+    torch.manual_seed(0)
+    head = nn.Linear(16, 50, bias=False, dtype=dtype)
+    rows, labels = torch.randn(31, 16, dtype=dtype, requires_grad=True), torch.randint(50, (31,))
+    weights = torch.rand(31, dtype=dtype)
+    results = []
+    for loss in (
+        F.cross_entropy(head(rows), labels, reduction="none"),
+        chunked_cross_entropy(wrap(head), rows, labels),
+    ):
+        results.append((loss.detach(), *torch.autograd.grad((loss * weights).sum(), (rows, head.weight))))
+    for plain, chunked in zip(*results):
+        torch.testing.assert_close(plain, chunked, atol=1e-6, rtol=1e-5)
+
+
+def test_the_models_losses_do_not_depend_on_the_chunks(monkeypatch):
+    results = []
+    for elements in (2**26, 7 * 96):
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", elements)
+        model = small_model()
+        batch = batch_of_images(model.config)
+        image_labels = batch["image_codes"].masked_fill(batch["image_codes"] < 0, -100)
+        output = model(**batch, labels=batch["input_ids"], image_labels=image_labels)
+        output.loss.backward()
+        results.append((output.loss, model.lm_head.weight.grad, model.model.connector.linear_1.weight.grad))
+    for plain, chunked in zip(*results):
+        torch.testing.assert_close(plain, chunked, atol=1e-5, rtol=1e-5)
+
+
+def test_a_frozen_head_and_bfloat16():
+    head = nn.Linear(16, 50, bias=False).requires_grad_(False)
+    rows = torch.randn(5, 16, requires_grad=True)
+    chunked_cross_entropy(head, rows, torch.arange(5)).sum().backward()
+    assert rows.grad.isfinite().all() and head.weight.grad is None
+    low = nn.Linear(16, 50, bias=False, dtype=torch.bfloat16)
+    loss = chunked_cross_entropy(low, rows.detach().bfloat16(), torch.arange(5))
+    assert loss.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = chunked_cross_entropy(head, rows.detach(), torch.arange(5))
+    torch.testing.assert_close(mixed, chunked_cross_entropy(head, rows.detach(), torch.arange(5)), atol=0.05, rtol=0.05)
+
+
+def test_no_labels_give_no_loss():
+    head = nn.Linear(16, 50, bias=False)
+    rows = torch.zeros(0, 16, requires_grad=True)
+    loss = chunked_cross_entropy(head, rows, torch.zeros(0, dtype=torch.long))
+    assert loss.shape == (0,)
+    loss.sum().backward()
