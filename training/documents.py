@@ -40,6 +40,16 @@ class Document:
     messages: list[dict]
     images: list[Image.Image] = field(default_factory=list)
 
+    @property
+    def learned(self) -> list[bool]:
+        """Of each picture, whether it is learned (in an assistant's turn or outside turns) or only looked at."""
+        return [
+            turn["role"] in (None, "assistant")
+            for turn in self.messages
+            for part in turn["content"]
+            if part["type"] == "image"
+        ]
+
 
 class BrokenRecordError(ValueError):
     """A record that cannot become a document; the message says which and why."""

@@ -27,6 +27,7 @@ from ..modeling.scale_schedule import Grid
 from ..processing.image_processing_base_nextflow import buckets_from_schedule
 from ..processing.image_processing_pil_nextflow import NextFlowImageProcessorPil
 from .documents import BrokenRecordError, Document, DocumentReader, load_reader
+from .processes import all_processes
 from .recipe import Recipe
 from .sequences import CodedImage
 
@@ -47,7 +48,7 @@ class ExtractionSettings:
 
     Attributes:
         resolution: Side of the square picture in pixels; pictures go to the aspect-ratio buckets of this level.
-        top_k: Self-correction: the slots are fed codes drawn from so many nearest ones. 0: none is.
+        top_k: Self-correction: the slots of learned pictures are fed codes drawn from so many nearest ones. 0: none is.
         corruption: Share of each scale's positions that are drawn so (0.6 in the paper).
         shard_size: Records of a shard.
         batch_size: Pictures encoded at a time.
@@ -104,7 +105,7 @@ def extract(
         ValueError: If the directory holds shards made otherwise, or too many records are broken.
     """
     directory = Path(directory)
-    processes = PartialState()
+    processes = all_processes()
     vq_model = vq_model.eval().to(processes.device)
     made_with = {**asdict(settings), "codebook_fingerprint": vq_model.fingerprint()}
     _claim(directory, made_with, processes)
@@ -191,8 +192,11 @@ class _ShardWriter:
     def _encode(
         self, documents: list[Document], shard: int, broken: list[str]
     ) -> list[tuple[Document, list[CodedImage]]]:
-        """Every document with the codes of its pictures; those with a picture of no bucket join the broken ones."""
-        groups: dict[tuple[Grid, ...], list[tuple[int, int]]] = {}
+        """Every document with the codes of its pictures; those with a picture of no bucket join the broken ones.
+
+        Self-correction is for pictures that are learned; one that is only looked at is fed as it is.
+        """
+        groups: dict[tuple[tuple[Grid, ...], bool], list[tuple[int, int]]] = {}
         fitting = []
         for number, document in enumerate(documents):
             try:
@@ -204,10 +208,10 @@ class _ShardWriter:
                 broken.append(f"record {document.id}: {error}")
                 continue
             fitting.append(number)
-            for place, own in enumerate(grids):
+            for place, own in enumerate(zip(grids, document.learned)):
                 groups.setdefault(own, []).append((number, place))
         coded: dict[tuple[int, int], CodedImage] = {}
-        for grids, members in groups.items():
+        for (grids, learned), members in groups.items():
             for first in range(0, len(members), self.settings.batch_size):
                 chosen = members[first : first + self.settings.batch_size]
                 images = [documents[number].images[place] for number, place in chosen]
@@ -216,7 +220,7 @@ class _ShardWriter:
                 encoding = self.vq_model.encode(
                     pixels,
                     grids,
-                    top_k=self.settings.top_k or None,
+                    top_k=(self.settings.top_k or None) if learned else None,
                     corruption=self.settings.corruption,
                     generator=torch.Generator().manual_seed(seed),
                 )

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from .processes import all_processes
 from .recipe import Recipe
 
 _EMA_FILE = "ema.safetensors"
@@ -44,6 +45,8 @@ class EmaCallback(TrainerCallback):
         torch._foreach_lerp_(list(self.average.values()), own, 1 - decay)
 
     def on_save(self, args, state, control, **kwargs):
+        if not args.should_save:
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         save_file({name: own.contiguous() for name, own in self.average.items()}, folder / f"{_EMA_FILE}.tmp")
         os.replace(folder / f"{_EMA_FILE}.tmp", folder / _EMA_FILE)
@@ -135,6 +138,7 @@ def run_stage(
         "save_total_limit": 1,
         "logging_steps": 50,
         "disable_tqdm": False,
+        "use_cpu": not torch.accelerator.is_available(),
         # Every rank reads a stream itself and takes its turns: rows of unequal length cannot be cut from one batch.
         "accelerator_config": {"dispatch_batches": False},
         **recipe.trainer,
@@ -161,11 +165,13 @@ def run_stage(
             trainer.train(resume_from_checkpoint=last)
         except NonFiniteError as error:
             step, ids = trainer.ids_of_step
+            # Whichever process meets it first; the others end with it.
             (folder / "nonfinite.json").write_text(json.dumps({"error": str(error), "step": step, "ids": ids}) + "\n")
             raise NonFiniteError(
                 f"{error}. The ids of its records are in {folder / 'nonfinite.json'}; the last checkpoint is good."
             ) from error
-        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+        if args.should_save:
+            trainer.state.save_to_json(str(folder / "trainer_state.json"))
     ema.copy_to(model)
     return model.eval()
 
@@ -185,7 +191,7 @@ def check_writable(folder: Path, bytes_needed: int = 0) -> None:
     """Raise `ValueError` unless so many bytes can be written to `folder`, before any work is done for it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
+        probe = folder / f".write-test-{os.getpid()}"
         probe.write_bytes(b"\0")
         probe.unlink()
     except OSError as error:
@@ -198,8 +204,17 @@ def check_writable(folder: Path, bytes_needed: int = 0) -> None:
 
 
 def save_whole(folder: Path, save: Callable[[Path], None]) -> None:
-    """Let `save` fill a folder under another name, then put it in place of `folder` at once."""
-    folder = Path(folder)
+    """Let `save` fill a folder under another name, then put it in place of `folder` at once.
+
+    Of several processes the first does it, and the others wait.
+    """
+    processes = all_processes()
+    if processes.is_main_process:
+        _save_whole(Path(folder), save)
+    processes.wait_for_everyone()
+
+
+def _save_whole(folder: Path, save: Callable[[Path], None]) -> None:
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)

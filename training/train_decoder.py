@@ -16,6 +16,7 @@ from .code_extraction import extract_codes
 from .coded_documents import CodedDocuments, MixedSequences
 from .data import PairSource, load_source
 from .packing import PackedSequences, SequenceCost, collate_packed, tokens_of
+from .processes import all_processes
 from .recipe import Recipe
 from .sequences import SequenceBuilder
 from .stage_trainer import run_stage, save_whole
@@ -77,7 +78,7 @@ class SampleGridCallback(TrainerCallback):
         self.builder, self.prompts, self.image_size, self.every, self.rows = builder, prompts, image_size, every, rows
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if self.every and state.global_step % self.every == 0:
+        if self.every and state.global_step % self.every == 0 and state.is_world_process_zero:
             self.draw(model, Path(args.output_dir) / "samples" / f"step-{state.global_step:06d}.png")
 
     def draw(self, model: NextFlowForConditionalGeneration, path: Path) -> None:
@@ -121,7 +122,8 @@ def train_decoder(recipe: Recipe) -> None:
     # 1. Codes: extracted beforehand, or here, once.
     if recipe.source:
         source = load_source(recipe.source)
-        codes, grids = extract_codes(source, vq_model, Path(stage["codes"]))
+        with all_processes().main_process_first():
+            codes, grids = extract_codes(source, vq_model, Path(stage["codes"]))
         image_size = vq_model.config.schedule.image_size(grids[-1])
     else:
         image_size = tuple(stage["image_size"])

@@ -5,7 +5,7 @@ from .captions import Facts, Group, caption, describe, facts_match, is_complete,
 from .prompts import ScenePrompt, make_prompts, scene_for
 from .referee import Reading, Referee, SeenObject, Verdict
 from .sampling import CATEGORIES, SPLITS, sample_scene
-from .source import QUESTION, SceneSource
+from .source import QUESTION, SceneRecords, SceneSource
 from .world import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, SceneObject, relation, render
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Scene",
     "SceneObject",
     "ScenePrompt",
+    "SceneRecords",
     "SceneSource",
     "SeenObject",
     "Verdict",

@@ -121,7 +121,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     where = None
     if len(kinds) == 1:
         own = objects[0]
-        size = own.size if len(objects) == 1 and rng.random() < 0.35 else None
+        size = own.size if len(objects) == 1 and rng.random() < 0.5 else None
         groups = [Group(len(objects), own.shape, own.color if show_color else None, size)]
     elif len(objects) == 2:
         where = relation(*objects)
@@ -130,7 +130,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         if where is not None and rng.random() < 0.5:
             objects, where = objects[::-1], opposite(where)
         a, b = objects
-        show_size = a.size != b.size and rng.random() < 0.4
+        show_size = a.size != b.size and rng.random() < 0.6
         # Two objects of one shape are told apart by their colours.
         show_color = show_color or a.shape == b.shape
         groups = [

@@ -56,3 +56,34 @@ class SceneSource:
     def question(self, index: int, rng: np.random.Generator) -> tuple[str, str]:
         """A request to describe picture `index`, and its description."""
         return QUESTION, describe(self.scene(index))
+
+
+class SceneRecords:
+    """Scenes as a dataset's records, for extraction (`docs/data.md`): with 8 wordings to draw, or one description.
+
+    Args:
+        task: "draw" for records of kind `text_to_image`, "describe" for `image_to_text`.
+        source: Arguments of [`SceneSource`].
+
+    Raises:
+        ValueError: If there is no such task.
+    """
+
+    WORDINGS = 8
+
+    def __init__(self, task: str, **source):
+        if task not in ("draw", "describe"):
+            raise ValueError(f'A task is "draw" or "describe", got {task!r}.')
+        self.task = task
+        self.source = SceneSource(**source)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict:
+        scene = self.source.scene(index)
+        record = {"id": f"scene {self.source.seed}.{index}", "image": render(scene, self.source.size)}
+        if self.task == "describe":
+            return {**record, "question": QUESTION, "text": describe(scene)}
+        rng = np.random.default_rng((self.source.seed, index, 1))
+        return {**record, "text": [caption(scene, rng) for _ in range(self.WORDINGS)]}

@@ -15,6 +15,7 @@ from nextflow_hf.scenes import (
     Referee,
     Scene,
     SceneObject,
+    SceneRecords,
     SceneSource,
     calibrate,
     caption,
@@ -119,6 +120,18 @@ def test_items_do_not_depend_on_order_or_run():
     assert one.scene(5) == other.scene(5) and np.array_equal(one.image(5), other.image(5))
     assert one.prompt(5, np.random.default_rng(1)) == other.prompt(5, np.random.default_rng(1))
     assert SceneSource(seed=4).scene(5) != one.scene(5)
+
+
+def test_records_show_what_the_source_shows():
+    source = SceneSource(num_pictures=5, seed=3)
+    drawn, described = (SceneRecords(task, num_pictures=5, seed=3) for task in ("draw", "describe"))
+    assert len(drawn) == len(described) == 5 and drawn[2]["text"] == SceneRecords("draw", seed=3)[2]["text"]
+    for index in range(5):
+        assert (drawn[index]["image"] == source.image(index)).all()
+        assert all(facts_match(parse(text), source.scene(index)) for text in drawn[index]["text"])
+        assert described[index]["text"] == describe(source.scene(index))
+    with pytest.raises(ValueError, match="draw"):
+        SceneRecords("paint")
 
 
 def test_in_an_orderly_scene_contents_decide_places():

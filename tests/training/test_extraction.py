@@ -205,6 +205,15 @@ def test_self_correction_feeds_other_codes_than_it_learns(tmp_path, vq_model):
     assert 0.3 < differing < 0.6
 
 
+def test_pictures_that_are_only_looked_at_are_fed_as_they_are(tmp_path, vq_model):
+    settings = ExtractionSettings(resolution=32, shard_size=4, top_k=5, corruption=0.6)
+    edits = [{"image": png(i), "instruction": "next", "edited": png(i + 1)} for i in range(4)]
+    extract({"dots": DocumentReader(edits, "edit")}, vq_model, tmp_path, settings)
+    pairs = [CodedDocuments(tmp_path / "dots")[number][2] for number in range(4)]
+    assert all(looked_at.input_codes == looked_at.codes for looked_at, _ in pairs)
+    assert any(learned.input_codes != learned.codes for _, learned in pairs)
+
+
 def test_broken_records_are_left_out_and_named(tmp_path, vq_model):
     reader = DocumentReader(
         [*captions(10, broken=(2, 7)), {"id": "strip", "text": "a", "image": png(0, (8, 400))}], "text_to_image"
@@ -239,6 +248,8 @@ SCRIPT = """
 import sys, torch
 sys.path[:0] = {path!r}
 torch.set_num_threads(1)
+from nextflow_hf.training.processes import all_processes
+assert all_processes().num_processes == {processes}
 from small_models import small_model
 from test_extraction import *
 extract({{"dots": DocumentReader(captions(60), "text_to_image")}}, small_model().vq_model, sys.argv[1], SETTINGS)
@@ -248,14 +259,16 @@ extract({{"dots": DocumentReader(captions(60), "text_to_image")}}, small_model()
 def run_extraction(folder, kill_after=None, processes=1):
     here = Path(__file__).parent
     script = folder.parent / "extract_dots.py"
-    script.write_text(SCRIPT.format(path=[str(here), str(here.parent)]))
-    launch = [] if processes == 1 else ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    script.write_text(SCRIPT.format(path=[str(here), str(here.parent)], processes=processes))
+    launch = (
+        [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    )
     process = subprocess.Popen(
         [sys.executable, *launch, str(script), str(folder)], start_new_session=True, stderr=subprocess.PIPE
     )
     if kill_after is None:
         _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors.decode()[-2000:]
+        assert process.returncode == 0, errors.decode()
         return
     # After so many shards, at some point of making the next one.
     deadline = time.monotonic() + 120
