@@ -536,9 +536,11 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
 
     @torch.no_grad()
     def fingerprint(self) -> str:
-        """Hash of both code tables, the same in float32 and bfloat16."""
+        """Hash of both code tables, the same in float32 and bfloat16, whole and sharded."""
         digest = hashlib.sha256()
         for table in (self.codebook.semantic.weight, self.codebook.pixel.weight):
+            if hasattr(table, "full_tensor"):  # a DTensor, whose class is slow to import
+                table = table.full_tensor()
             digest.update(table.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
 

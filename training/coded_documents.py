@@ -63,6 +63,8 @@ class MixedSequences(Dataset):
         builder: Makes the sequences.
         length: Number of items.
         prompt_dropout: Share of the documents whose answer is a picture that lose their prompt, for guidance.
+        task_inversion: Share of the prompts answered by one picture that are turned round: the picture asks, the prompt
+            answers (NextFlow section 6.7).
         seed: Seed of the order and of all that is drawn.
 
     Raises:
@@ -76,11 +78,13 @@ class MixedSequences(Dataset):
         builder: SequenceBuilder,
         length: int,
         prompt_dropout: float = 0.1,
+        task_inversion: float = 0.0,
         seed: int = 0,
     ):
         if len(weights) != len(sources) or not sources or min(weights) <= 0:
             raise ValueError(f"Each of {len(sources)} datasets needs a positive weight, got {weights}.")
-        self.sources, self.builder, self.prompt_dropout, self.seed = sources, builder, prompt_dropout, seed
+        self.sources, self.builder, self.seed = sources, builder, seed
+        self.prompt_dropout, self.task_inversion = prompt_dropout, task_inversion
         rng = np.random.default_rng(seed)
         shares = np.array(weights, dtype=np.float64) / sum(weights)
         self.source_of = rng.choice(len(sources), size=length, p=shares).astype(np.int16)
@@ -98,11 +102,21 @@ class MixedSequences(Dataset):
         name, messages, images = self.sources[self.source_of[index]][int(self.document_of[index])]
         rng = np.random.default_rng((self.seed, index))
         messages = [{**turn, "content": [_one_wording(part, rng) for part in turn["content"]]} for turn in messages]
+        if self.task_inversion and _is_text_to_image(messages) and rng.random() < self.task_inversion:
+            (asked, answered), image = messages, images[0]
+            messages = [{**answered, "role": "user"}, {**asked, "role": "assistant"}]
+            # A picture that is looked at is fed what was stored as its input, and learned no more.
+            images = [image._replace(codes=image.input_codes)]
         answers_with_a_picture = messages[-1]["role"] == "assistant" and any(
             part["type"] == "image" for part in messages[-1]["content"]
         )
         without_prompt = answers_with_a_picture and rng.random() < self.prompt_dropout
         return {"id": name, **self.builder.build(messages, images, without_prompt)}
+
+
+def _is_text_to_image(messages: list[dict]) -> bool:
+    kinds = [(turn["role"], [part["type"] for part in turn["content"]]) for turn in messages]
+    return kinds == [("user", ["text"]), ("assistant", ["image"])]
 
 
 def _one_wording(part: dict, rng: np.random.Generator) -> dict:

@@ -39,9 +39,17 @@ class SequenceBuilder:
         tokenizer: The text tokenizer; a fast one, which tells where a token's text stands.
         config: The decoder's configuration.
         prefix_scales: Train the first so many scales only; a sequence then ends with the last of their slots.
+
+    Raises:
+        ValueError: If the tokenizer has more tokens than the decoder has before its codes.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: NextFlowConfig, prefix_scales: int | None = None):
+        if len(tokenizer) > config.code_start_id:
+            raise ValueError(
+                f"The text tokenizer has {len(tokenizer)} tokens, but the decoder's codes begin at "
+                f"{config.code_start_id}: it was made for another tokenizer."
+            )
         self.tokenizer = tokenizer
         self.config = config
         self.prefix_scales = prefix_scales

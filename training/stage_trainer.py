@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -36,7 +37,7 @@ class EmaCallback(TrainerCallback):
         if self.resume_from and saved.is_file():
             # By name: a file does not keep the order in which the weights are averaged.
             average = load_file(saved)
-            self.average = {name: average[name] for name in self.average}
+            self.average = {name: _placed_as(own, average[name]) for name, own in self.average.items()}
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -45,11 +46,12 @@ class EmaCallback(TrainerCallback):
         torch._foreach_lerp_(list(self.average.values()), own, 1 - decay)
 
     def on_save(self, args, state, control, **kwargs):
-        if not args.should_save:
-            return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        save_file({name: own.contiguous() for name, own in self.average.items()}, folder / f"{_EMA_FILE}.tmp")
-        os.replace(folder / f"{_EMA_FILE}.tmp", folder / _EMA_FILE)
+        # Sharded weights are gathered from all processes, and written by one.
+        average = {name: _whole(own).contiguous() for name, own in self.average.items()}
+        if args.should_save:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            save_file(average, folder / f"{_EMA_FILE}.tmp")
+            os.replace(folder / f"{_EMA_FILE}.tmp", folder / _EMA_FILE)
 
     @torch.no_grad()
     def copy_to(self, model: PreTrainedModel) -> None:
@@ -59,12 +61,24 @@ class EmaCallback(TrainerCallback):
                 parameter.copy_(self.average[name])
 
 
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that is sharded over processes (FSDP2) as each of them would have it alone; others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _placed_as(like: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, sharded as another is."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    return tensor
+
+
 class FiniteCallback(TrainerCallback):
     """Stops the run before a step with a gradient that is not finite can spoil the weights."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = _whole(torch.nn.utils.get_total_norm(gradients))
         if not torch.isfinite(norm):
             raise NonFiniteError(f"The gradient of step {state.global_step + 1} has the norm {norm.item()}")
 
@@ -143,9 +157,17 @@ def run_stage(
         "accelerator_config": {"dispatch_batches": False},
         **recipe.trainer,
     }
+    last = get_last_checkpoint(str(folder))
+    if "fsdp_size" in recipe.stage_args:
+        # Of a model that was sharded on loading, transformers saves no optimizer.
+        arguments["save_only_model"] = True
+        if last is not None:
+            raise ValueError(
+                f"A run with `fsdp_size` cannot be resumed from {last}. Name it as `init_from.decoder` of a run in "
+                "another folder, or shard by accelerate's FSDP or DeepSpeed, which resume."
+            )
     args = TrainingArguments(output_dir=str(folder), **arguments)
     set_seed(args.seed)
-    last = get_last_checkpoint(str(folder))
     ema = EmaCallback(recipe.stage_args.get("ema_decay", 0.999), last)
     trainer = StageTrainer(
         model=model,
@@ -157,7 +179,7 @@ def run_stage(
     )
     if last is not None and _step_of(last) >= args.max_steps > 0:
         # Killed between its last checkpoint and its result: the weights are there.
-        model.load_state_dict(type(model).from_pretrained(last).state_dict())
+        trainer._load_from_checkpoint(last)
         ema.on_train_begin(args, trainer.state, trainer.control, model=model)
         shutil.copyfile(Path(last) / "trainer_state.json", folder / "trainer_state.json")
     else:
@@ -203,22 +225,28 @@ def check_writable(folder: Path, bytes_needed: int = 0) -> None:
         )
 
 
-def save_whole(folder: Path, save: Callable[[Path], None]) -> None:
+def save_whole(folder: Path, save: Callable[[Path], None], sharded: bool = False) -> None:
     """Let `save` fill a folder under another name, then put it in place of `folder` at once.
 
-    Of several processes the first does it, and the others wait.
+    Of several processes the first does it, and the others wait; where weights are `sharded`, all of them call `save`,
+    which gathers, and the first writes.
     """
     processes = all_processes()
+    folder = Path(folder)
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
     if processes.is_main_process:
-        _save_whole(Path(folder), save)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    processes.wait_for_everyone()
+    if processes.is_main_process or sharded:
+        save(unfinished)
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        _put_in_place(unfinished, folder)
     processes.wait_for_everyone()
 
 
-def _save_whole(folder: Path, save: Callable[[Path], None]) -> None:
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    save(unfinished)
+def _put_in_place(unfinished: Path, folder: Path) -> None:
     if folder.exists():
         outdated = folder.with_name(f"{folder.name}.outdated")
         shutil.rmtree(outdated, ignore_errors=True)

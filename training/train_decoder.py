@@ -1,6 +1,7 @@
 """The decoder's stages: drawing and reading pictures whose codes were extracted beforehand."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -104,14 +105,21 @@ def train_decoder(recipe: Recipe) -> None:
     """Train the decoder on a frozen tokenizer.
 
     `init_from`: `tokenizer` (text), `vq`, and `decoder` to go on from. What it trains on is either `data` (extracted
-    datasets, mixed by weight) or a `source` of pictures of one size. `stage_args`: `prefix_scales`, `prompt_dropout`,
-    `sample_prompts`, `sample_every`, `image_size` of the samples, `abilities`, `sampling` (the `image_*` generation
-    settings that the checkpoint is to carry), `attn_implementation`; for `data` also `sequences` (how many, before they
-    come again) and `packing` (`unit`: "tokens" or "flops", `capacity`, `max_tokens`, `window`); for a `source`, `codes`
-    (file of extracted codes), `read_share`, `epochs`.
+    datasets, mixed by weight) or a `source` of pictures of one size. `stage_args`:
+
+    * what is trained: `trained` (first parts of parameter names; everything but the tokenizer where it is missing), or
+      `lora` (arguments of `peft.LoraConfig`; the result has the adapter in `adapter` and is merged in `final`);
+    * how: `prefix_scales`, `prompt_dropout`, `attn_implementation`, `fsdp_size` (processes over which weights,
+      gradients and the optimizer are sharded; goes on from a saved `decoder`);
+    * what the checkpoint carries: `abilities`, `trained_image_sizes`, `sampling` (its `image_*` generation settings);
+    * samples on the way: `sample_prompts`, `sample_every`, `image_size`;
+    * for `data`: `sequences` (how many, before they come again), `task_inversion`, and `packing` (`unit`: "tokens" or
+      "flops", `capacity`, `max_tokens`, `window`);
+    * for a `source`: `codes` (file of extracted codes), `read_share`, `epochs`.
 
     Raises:
-        ValueError: If the recipe names neither `data` nor `source`, or an unknown unit.
+        ValueError: If the recipe names neither `data` nor `source`, an unknown unit, a part that the model does not
+            have, or parts and `lora` at once, or if it would shard a decoder that is not saved.
     """
     stage = recipe.stage_args
     if bool(recipe.data) == bool(recipe.source):
@@ -128,8 +136,13 @@ def train_decoder(recipe: Recipe) -> None:
     else:
         image_size = tuple(stage["image_size"])
 
-    # 2. The decoder of the stage before, or a new one.
+    # 2. The decoder of the stage before, or a new one, and what of it is trained.
     model = _decoder_of(recipe, vq_model)
+    _freeze_all_but(model, stage)
+    if "lora" in stage:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(**stage["lora"]))
     if "attn_implementation" in stage:
         model.model.language_model.set_attn_implementation(stage["attn_implementation"])
 
@@ -154,31 +167,83 @@ def train_decoder(recipe: Recipe) -> None:
         **{f"image_{name}": value for name, value in stage.get("sampling", {}).items()},
     )
     samples = SampleGridCallback(builder, stage.get("sample_prompts", []), image_size, stage.get("sample_every", 0))
-    model = run_stage(recipe, model, dataset, collate, lambda model, batch: model(**batch), [samples])
+    # Drawing needs whole weights; under FSDP, draw with a checkpoint.
+    callbacks = [] if "fsdp_size" in stage else [samples]
+    model = run_stage(recipe, model, dataset, collate, lambda model, batch: model(**batch), callbacks)
 
     # 4. The result says what it can do.
     model.config.abilities = stage.get("abilities")
     model.config.trained_image_sizes = [list(own) for own in stage.get("trained_image_sizes", [image_size])]
-    model.vq_model.requires_grad_(True)
-    save_whole(Path(recipe.output_dir) / "final", lambda folder: _save(model, tokenizer, folder))
+    if "lora" in stage:
+        save_whole(Path(recipe.output_dir) / "adapter", model.save_pretrained)
+        model = model.merge_and_unload()
+    model.requires_grad_(True)
+    save_whole(Path(recipe.output_dir) / "final", partial(_save, model, tokenizer), sharded="fsdp_size" in stage)
 
 
 def _decoder_of(recipe: Recipe, vq_model: NextFlowVQModel) -> NextFlowForConditionalGeneration:
+    fingerprint = vq_model.fingerprint()
+    if "fsdp_size" in recipe.stage_args:
+        return _sharded_decoder_of(recipe, fingerprint)
     if "decoder" in recipe.init_from:
         model = NextFlowForConditionalGeneration.from_pretrained(recipe.init_from["decoder"])
-        for name, value in recipe.config.items():
-            setattr(model.config, name, value)
+        _set_entries(model, recipe.config)
     else:
         own = {name: value for name, value in recipe.config.items() if not name.startswith(("vq.", "text."))}
         config = NextFlowConfig.from_preset(recipe.preset, vq_config=vq_model.config, **own)
-        for name, value in recipe.config.items():
-            if name.startswith("text."):
-                setattr(config.text_config, name.removeprefix("text."), value)
+        text = config.text_config.to_dict()
+        # Derived from the number of layers.
+        text.pop("layer_types", None)
+        text |= {name.removeprefix("text."): value for name, value in recipe.config.items() if name.startswith("text.")}
+        config.text_config = type(config.text_config)(**text)
         model = NextFlowForConditionalGeneration(config)
-    model.config.codebook_fingerprint = vq_model.fingerprint()
+    model.config.codebook_fingerprint = fingerprint
     model.set_vq_model(vq_model)
-    model.vq_model.requires_grad_(False)
     return model
+
+
+def _sharded_decoder_of(recipe: Recipe, fingerprint: str) -> NextFlowForConditionalGeneration:
+    """The decoder with every weight spread over processes by FSDP2, as transformers shards it on loading."""
+    from transformers.distributed import DistributedConfig
+
+    if "decoder" not in recipe.init_from:
+        raise ValueError("`fsdp_size` shards a decoder as it is loaded; name a saved one in `init_from.decoder`.")
+    size, processes = recipe.stage_args["fsdp_size"], all_processes().num_processes
+    if size != processes:
+        raise ValueError(f"`fsdp_size` is {size}, but {processes} processes run; start as many (`torchrun`).")
+    model = NextFlowForConditionalGeneration.from_pretrained(
+        recipe.init_from["decoder"], distributed_config=DistributedConfig(fsdp_size=size)
+    )
+    _set_entries(model, recipe.config)
+    if model.config.codebook_fingerprint != fingerprint:
+        raise ValueError(
+            f"The decoder {recipe.init_from['decoder']} has the image tokenizer {model.config.codebook_fingerprint}, "
+            f"but `init_from.vq` is {fingerprint}. Under FSDP it cannot be exchanged."
+        )
+    return model
+
+
+def _set_entries(model: NextFlowForConditionalGeneration, entries: dict) -> None:
+    for name, value in entries.items():
+        setattr(model.config, name, value)
+
+
+def _freeze_all_but(model: NextFlowForConditionalGeneration, stage: dict) -> None:
+    """Freeze the image tokenizer, and what the stage does not train."""
+    parts = stage.get("trained")
+    if parts is not None and "lora" in stage:
+        raise ValueError("A stage trains `trained` parts or `lora`, not both; `lora` has its own `modules_to_save`.")
+    names = [name for name, _ in model.named_parameters()]
+    unknown = [part for part in parts or () if not any(name.startswith(part) for name in names)]
+    if unknown:
+        raise ValueError(f"No parameter's name begins with {unknown}; names begin like {sorted({*map(_part, names)})}.")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parts is None or name.startswith(tuple(parts)))
+    model.vq_model.requires_grad_(False)
+
+
+def _part(name: str) -> str:
+    return ".".join(name.split(".")[:2])
 
 
 def _mixed_data(recipe: Recipe, builder: SequenceBuilder, fingerprint: str) -> tuple[Dataset, Callable]:
@@ -190,6 +255,7 @@ def _mixed_data(recipe: Recipe, builder: SequenceBuilder, fingerprint: str) -> t
         builder,
         length=stage["sequences"],
         prompt_dropout=stage.get("prompt_dropout", 0.1),
+        task_inversion=stage.get("task_inversion", 0.0),
         seed=recipe.trainer.get("seed", 0),
     )
     packing = dict(stage.get("packing") or {})
@@ -203,5 +269,7 @@ def _mixed_data(recipe: Recipe, builder: SequenceBuilder, fingerprint: str) -> t
 
 
 def _save(model, tokenizer, folder: Path) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    writes = all_processes().is_main_process
+    model.save_pretrained(folder, is_main_process=writes)
+    if writes:
+        tokenizer.save_pretrained(folder)

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, Siglip2Config, Siglip2Model, Siglip2VisionModel
 
 from ..modeling.configuration_nextflow import NextFlowConfig, NextFlowVQConfig
-from ..modeling.modeling_nextflow_vq import NextFlowVQModel, patchify
+from ..modeling.modeling_nextflow_vq import NextFlowVQModel, NextFlowVQOutput, patchify
 from .data import PairSource, load_source, to_pixels
 from .recipe import Recipe
 from .stage_trainer import run_stage, save_whole
@@ -103,20 +103,22 @@ def train_vq(recipe: Recipe) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.split(".")[0] in _TRAINED_PARTS[phase])
     if phase == "joint" and recipe.stage_args.get("new_codebook", True):
-        batch = np.stack([source.image(index) for index in range(256)])
-        model.start_codebook(torch.from_numpy(to_pixels(batch)), torch.Generator().manual_seed(0))
+        batch, *_ = by_size([source.image(index) for index in range(256)])
+        model.start_codebook(batch, torch.Generator().manual_seed(0))
     model.to(memory_format=torch.channels_last)
 
     # 2. Reconstruct pixels and the frozen teacher's features.
     def collate(items):
-        pixels = torch.from_numpy(to_pixels(np.stack([item["image"] for item in items])))
-        return {"pixel_values": pixels}
+        return {"pictures": by_size([item["image"] for item in items])}
 
     def loss(model, batch):
-        pixels = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            targets = model.semantic_features(pixels, teacher)
-        return model(pixels, semantic_targets=targets, quantize=phase != "pixel")
+        outputs = []
+        for pixels in batch["pictures"]:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+            with torch.no_grad():
+                targets = model.semantic_features(pixels, teacher)
+            outputs.append(model(pixels, semantic_targets=targets, quantize=phase != "pixel"))
+        return _mean_losses(outputs, [len(pixels) for pixels in batch["pictures"]])
 
     model = run_stage(recipe, model, PictureDataset(source), collate, loss)
 
@@ -124,6 +126,23 @@ def train_vq(recipe: Recipe) -> None:
     model.to(memory_format=torch.contiguous_format)
     model.requires_grad_(True)
     save_whole(Path(recipe.output_dir) / "final", lambda folder: model.save_pretrained(folder))
+
+
+def by_size(images: list[np.ndarray]) -> list[torch.Tensor]:
+    """uint8 pictures `(height, width, 3)` as batches `(n, 3, height, width)` in [-1, 1], one for each size."""
+    groups: dict[tuple, list[np.ndarray]] = {}
+    for image in images:
+        groups.setdefault(image.shape, []).append(image)
+    return [torch.from_numpy(to_pixels(np.stack(own))) for own in groups.values()]
+
+
+def _mean_losses(outputs: list[NextFlowVQOutput], pictures: list[int]) -> NextFlowVQOutput:
+    """The losses of batches of several sizes as those of one batch: every picture counts as much."""
+    names = [name for name in outputs[0] if name.endswith("loss")]
+    total = sum(pictures)
+    return NextFlowVQOutput(
+        **{name: sum(own[name] * (number / total) for own, number in zip(outputs, pictures)) for name in names}
+    )
 
 
 _PIXEL_PARTS = {"pixel_encoder", "pixel_proj", "post_pixel_proj", "pixel_decoder"}

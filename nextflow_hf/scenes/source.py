@@ -13,7 +13,7 @@ class SceneSource:
     """Pictures of random scenes with their words; item i is the same in every run (`training.data.PairSource`).
 
     Args:
-        size: (height, width) in pixels.
+        size: (height, width) in pixels, or a list of sizes that take turns.
         num_pictures: How many.
         seed: Different seeds give different scenes.
         split: Which combinations may appear.
@@ -23,14 +23,14 @@ class SceneSource:
 
     def __init__(
         self,
-        size: tuple[int, int] = (64, 64),
+        size: tuple[int, int] | list[tuple[int, int]] = (64, 64),
         num_pictures: int = 100_000,
         seed: int = 0,
         split: str = "train",
         arrangement: str = "orderly",
         families: tuple[float, ...] = FAMILIES,
     ):
-        self.size = tuple(size)
+        self.sizes = tuple(map(tuple, np.atleast_2d(size).tolist()))
         self.num_pictures = num_pictures
         self.seed = seed
         self.split = split
@@ -47,7 +47,7 @@ class SceneSource:
 
     def image(self, index: int) -> np.ndarray:
         """Picture `index`: uint8 `(height, width, 3)`."""
-        return render(self.scene(index), self.size)
+        return render(self.scene(index), self.sizes[index % len(self.sizes)])
 
     def prompt(self, index: int, rng: np.random.Generator) -> str:
         """Words that ask for picture `index`."""
@@ -82,7 +82,7 @@ class SceneRecords:
 
     def __getitem__(self, index: int) -> dict:
         scene = self.source.scene(index)
-        record = {"id": f"scene {self.source.seed}.{index}", "image": render(scene, self.source.size)}
+        record = {"id": f"scene {self.source.seed}.{index}", "image": self.source.image(index)}
         if self.task == "describe":
             return {**record, "question": QUESTION, "text": describe(scene)}
         rng = np.random.default_rng((self.source.seed, index, 1))

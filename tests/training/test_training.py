@@ -14,6 +14,7 @@ from nextflow_hf.modeling.modeling_nextflow_vq import NextFlowVQModel
 from nextflow_hf.processing.image_processing_base_nextflow import buckets_from_schedule
 from nextflow_hf.training.code_extraction import extract_codes
 from nextflow_hf.training.data import load_source, to_pixels
+from nextflow_hf.training.documents import load_reader
 from nextflow_hf.training.recipe import RECIPES, Recipe, load_recipe
 from nextflow_hf.training.sequences import SequenceBuilder
 from nextflow_hf.training.stage_trainer import NonFiniteError, check_writable, run_stage, save_whole
@@ -246,7 +247,12 @@ def test_the_recipes_run_one_after_another(tmp_path, monkeypatch):
 def test_bundled_recipes_are_complete(name):
     recipe = load_recipe(name)
     assert recipe.stage in STAGES
-    assert len(load_source({**recipe.source, "num_pictures": 3})) == 3
+    if recipe.source:
+        assert len(load_source({**recipe.source, "num_pictures": 3})) == 3
+    for spec in recipe.data.values() if recipe.stage == "extract" else ():
+        if "class" in spec:
+            (document,) = (own for _, own in load_reader(spec).read(0, 1))
+            assert document.images
 
 
 def test_overrides():

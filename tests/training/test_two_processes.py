@@ -5,11 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from small_models import small_model
 
+from nextflow_hf.modeling.configuration_nextflow import NextFlowConfig
+from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
+
 SCRIPT = """
+import json
 import sys
 import torch
 sys.path[:0] = {path!r}
@@ -18,15 +23,14 @@ from nextflow_hf.training.processes import all_processes
 from nextflow_hf.training.recipe import Recipe
 from nextflow_hf.training.stages import run_recipe
 
-folder, batch = sys.argv[1], int(sys.argv[2])
+folder, batch, extra = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
 assert all_processes().num_processes == 4 // batch
 run_recipe(Recipe(
     stage="decoder",
     output_dir=folder,
-    init_from={{"vq": "vq", "tokenizer": "tokenizer"}},
+    init_from={{"vq": "vq", "tokenizer": "tokenizer", "decoder": "decoder"}},
     source={{"class": "dots:Dots"}},
-    config={{"text.num_hidden_layers": 1}},
-    stage_args={{"codes": folder + "/codes.safetensors", "read_share": 0.0, "prompt_dropout": 0.0}},
+    stage_args={{"codes": folder + "/codes.safetensors", "read_share": 0.0, "prompt_dropout": 0.0, **extra}},
     trainer={{
         "max_steps": 4, "per_device_train_batch_size": batch, "logging_steps": 1, "save_steps": 2,
         "learning_rate": 1e-3, "disable_tqdm": True,
@@ -35,22 +39,42 @@ run_recipe(Recipe(
 """
 
 
-def test_two_processes_give_the_losses_and_weights_of_one(tmp_path, tokenizer):
-    small_model().vq_model.save_pretrained(tmp_path / "vq")
+@pytest.fixture
+def run(tmp_path, tokenizer):
+    """Trains by one process or two; losses, and the result."""
+    vq_model = small_model().vq_model
+    model = NextFlowForConditionalGeneration(NextFlowConfig.from_preset("nextflow-mini", vq_config=vq_model.config))
+    model.set_vq_model(vq_model)
+    model.config.codebook_fingerprint = model.vq_model.fingerprint()
+    model.save_pretrained(tmp_path / "decoder")
+    model.vq_model.save_pretrained(tmp_path / "vq")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     here = Path(__file__).parent
     script = tmp_path / "train.py"
     script.write_text(SCRIPT.format(path=[str(here), str(here.parent)]))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    losses, weights = [], []
-    for name, prefix, batch in (("one", [], 4), ("two", launch, 2)):
-        command = [sys.executable, *prefix, str(script), name, str(batch)]
+
+    def run(name, processes, **extra):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [sys.executable, *(launch if processes > 1 else []), str(script), name, str(4 // processes)]
+        command.append(json.dumps(extra))
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == 0, done.stderr
         log = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
-        losses.append(torch.tensor([entry["loss"] for entry in log if "loss" in entry]))
-        weights.append(load_file(tmp_path / name / "final" / "model.safetensors"))
-        assert (tmp_path / name / "checkpoint-4" / "ema.safetensors").is_file()
-    torch.testing.assert_close(*losses, atol=1e-4, rtol=1e-5)
-    for name in weights[0]:
-        torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-4, rtol=1e-4)
+        losses = torch.tensor([entry["loss"] for entry in log if "loss" in entry])
+        return losses, NextFlowForConditionalGeneration.from_pretrained(tmp_path / name / "final")
+
+    return run
+
+
+@pytest.mark.parametrize("extra", [{}, {"fsdp_size": 2}], ids=["data_parallel", "fsdp2"])
+def test_two_processes_give_the_losses_and_weights_of_one(run, tmp_path, extra):
+    losses, model = run("one", 1)
+    losses_of_two, model_of_two = run("two", 2, **extra)
+    torch.testing.assert_close(losses_of_two, losses, atol=1e-4, rtol=1e-5)
+    weights, weights_of_two = model.state_dict(), model_of_two.state_dict()
+    assert weights.keys() == weights_of_two.keys()
+    for name in weights:
+        torch.testing.assert_close(weights_of_two[name], weights[name], atol=1e-4, rtol=1e-4)
+    average = load_file(tmp_path / "two" / "checkpoint-4" / "ema.safetensors")
+    for name, own in load_file(tmp_path / "one" / "checkpoint-4" / "ema.safetensors").items():
+        torch.testing.assert_close(average[name], own, atol=1e-4, rtol=1e-4)
