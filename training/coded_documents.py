@@ -1,5 +1,6 @@
 """Extracted documents as training reads them: several datasets mixed by weight, item by number."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -7,6 +8,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from .sequences import CodedImage, SequenceBuilder
+
+# Items whose order is drawn at a time.
+_BLOCK = 65_536
+_BLOCKS_KEPT = 32
 
 
 class CodedDocuments(Dataset):
@@ -85,33 +90,78 @@ class MixedSequences(Dataset):
             raise ValueError(f"Each of {len(sources)} datasets needs a positive weight, got {weights}.")
         self.sources, self.builder, self.seed = sources, builder, seed
         self.prompt_dropout, self.task_inversion = prompt_dropout, task_inversion
-        rng = np.random.default_rng(seed)
+        self.length = length
         shares = np.array(weights, dtype=np.float64) / sum(weights)
-        self.source_of = rng.choice(len(sources), size=length, p=shares).astype(np.int16)
-        self.document_of = np.empty(length, dtype=np.int64)
-        for number, source in enumerate(sources):
-            places = np.flatnonzero(self.source_of == number)
-            passes = [rng.permutation(len(source)) for _ in range(-(-len(places) // len(source)))]
-            if passes:
-                self.document_of[places] = np.concatenate(passes)[: len(places)]
+        if min(shares) * _BLOCK < 2:
+            raise ValueError(f"The weights {weights} differ by more than {_BLOCK // 2} times.")
+        self.bounds = np.concatenate([[0.0], np.cumsum(shares)[:-1], [1.0]])
+        self.blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __len__(self):
-        return len(self.source_of)
+        return self.length
+
+    def place_of(self, index: int) -> tuple[int, int]:
+        """Which dataset item `index` comes from, and which of its documents."""
+        if not 0 <= index < self.length:
+            raise IndexError(f"There are {self.length} items, got number {index}.")
+        block, place = divmod(index, _BLOCK)
+        if block not in self.blocks:
+            # Items are read nearly in order, or there are few of them.
+            if len(self.blocks) == _BLOCKS_KEPT:
+                self.blocks.pop(next(iter(self.blocks)))
+            self.blocks[block] = self._draw_block(block)
+        numbers, ranks = self.blocks[block]
+        number, rank = int(numbers[place]), int(ranks[place])
+        size = len(self.sources[number])
+        return number, shuffled(rank % size, size, key=f"{self.seed} {number} {rank // size}")
+
+    def _draw_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of the items of a block, the dataset, and the how manieth item of that dataset each is.
+
+        Block by block, so that the order of billions of items needs no memory. A block's numbers of items follow from
+        the weights, so it can be drawn without those before it.
+        """
+        before, after = np.floor(block * _BLOCK * self.bounds), np.floor((block + 1) * _BLOCK * self.bounds)
+        first, stop = np.diff(before).astype(np.int64), np.diff(after).astype(np.int64)
+        numbers = np.repeat(np.arange(len(first)), stop - first)
+        np.random.default_rng((self.seed, block)).shuffle(numbers)
+        ranks = np.empty(_BLOCK, dtype=np.int64)
+        for number in range(len(first)):
+            ranks[numbers == number] = np.arange(first[number], stop[number])
+        return numbers, ranks
 
     def __getitem__(self, index: int) -> dict:
-        name, messages, images = self.sources[self.source_of[index]][int(self.document_of[index])]
+        number, document = self.place_of(index)
+        name, messages, images = self.sources[number][document]
         rng = np.random.default_rng((self.seed, index))
         messages = [{**turn, "content": [_one_wording(part, rng) for part in turn["content"]]} for turn in messages]
         if self.task_inversion and _is_text_to_image(messages) and rng.random() < self.task_inversion:
-            (asked, answered), image = messages, images[0]
+            asked, answered = messages
             messages = [{**answered, "role": "user"}, {**asked, "role": "assistant"}]
             # A picture that is looked at is fed what was stored as its input, and learned no more.
-            images = [image._replace(codes=image.input_codes)]
+            images = [own._replace(codes=own.input_codes) for own in images]
         answers_with_a_picture = messages[-1]["role"] == "assistant" and any(
             part["type"] == "image" for part in messages[-1]["content"]
         )
         without_prompt = answers_with_a_picture and rng.random() < self.prompt_dropout
         return {"id": name, **self.builder.build(messages, images, without_prompt)}
+
+
+def shuffled(index: int, size: int, key: str) -> int:
+    """Item `index` of a random order of `size` items, without making the order.
+
+    A Feistel network permutes the next power of four; what falls outside goes round again.
+    """
+    half = max(1, (size - 1).bit_length() + 1 >> 1)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for turn in range(4):
+            digest = hashlib.blake2s(f"{key} {turn} {right}".encode(), digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(digest) & mask)
+        index = left << half | right
+        if index < size:
+            return index
 
 
 def _is_text_to_image(messages: list[dict]) -> bool:

@@ -6,7 +6,8 @@ runs make the same bytes. The manifest is written when every shard is there.
 
     DIRECTORY/settings.json                  what the shards were made with
     DIRECTORY/NAME/shard-00000.parquet       id, messages (JSON), codes, input_codes, grids
-    DIRECTORY/NAME/manifest.json             shards, records, and the records left out, with reasons
+    DIRECTORY/NAME/manifest.json             shards, records, sizes of the pictures that are learned, and the records
+                                             left out, with reasons
 """
 
 import json
@@ -186,7 +187,18 @@ class _ShardWriter:
             }
             for document, images in coded
         ]
-        metadata = {"records": str(number), "broken": json.dumps(broken, ensure_ascii=False)}
+        schedule = self.vq_model.config.schedule
+        sizes = {
+            schedule.image_size(image.grids[-1])
+            for document, images in coded
+            for image, learned in zip(images, document.learned)
+            if learned
+        }
+        metadata = {
+            "records": str(number),
+            "broken": json.dumps(broken, ensure_ascii=False),
+            "image_sizes": json.dumps(sorted(sizes)),
+        }
         return pa.Table.from_pylist(rows, _SCHEMA).replace_schema_metadata(metadata)
 
     def _encode(
@@ -240,16 +252,19 @@ class _ShardWriter:
                 "records": int(metadata[b"records"]),
                 "documents": file.metadata.num_rows,
                 "broken": json.loads(metadata[b"broken"]),
+                "image_sizes": json.loads(metadata[b"image_sizes"]),
             }
 
     def manifest(self, fingerprint: str) -> dict:
         shards = list(self._shards())
         broken = [own for shard in shards for own in shard.pop("broken")]
+        sizes = {tuple(size) for shard in shards for size in shard.pop("image_sizes")}
         return {
             "name": self.name,
             "codebook_fingerprint": fingerprint,
             "records": sum(shard["records"] for shard in shards),
             "documents": sum(shard["documents"] for shard in shards),
+            "image_sizes": sorted(sizes),
             "broken": broken,
             "shards": shards,
         }

@@ -1,14 +1,35 @@
 """Which function runs which stage of a recipe."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from transformers import set_seed
 
 from .extraction import run_extraction
-from .recipe import Recipe
+from .recipe import Recipe, load_recipe
 from .train_decoder import train_decoder
 from .train_text_tokenizer import train_text_tokenizer
 from .train_vq import train_teacher, train_vq
+
+
+def run_chain(recipe: Recipe) -> None:
+    """Run the recipes that `stage_args.recipes` names, one after another; those whose result is there are skipped.
+
+    Raises:
+        ValueError: If one of them is missing or unknown, before the first runs.
+    """
+    for own in [load_recipe(name) for name in recipe.stage_args["recipes"]]:
+        if not is_done(own):
+            run_recipe(own)
+
+
+def is_done(recipe: Recipe) -> bool:
+    """Whether the result of a recipe is there."""
+    folder = Path(recipe.output_dir)
+    if recipe.stage == "extract":
+        return all((folder / name / "manifest.json").is_file() for name in recipe.data)
+    return (folder / ("tokenizer.json" if recipe.stage == "text_tokenizer" else "final")).exists()
+
 
 STAGES: dict[str, Callable[[Recipe], None]] = {
     "text_tokenizer": train_text_tokenizer,
@@ -16,6 +37,7 @@ STAGES: dict[str, Callable[[Recipe], None]] = {
     "vq": train_vq,
     "extract": run_extraction,
     "decoder": train_decoder,
+    "chain": run_chain,
 }
 
 

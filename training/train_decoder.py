@@ -111,7 +111,7 @@ def train_decoder(recipe: Recipe) -> None:
       `lora` (arguments of `peft.LoraConfig`; the result has the adapter in `adapter` and is merged in `final`);
     * how: `prefix_scales`, `prompt_dropout`, `attn_implementation`, `fsdp_size` (processes over which weights,
       gradients and the optimizer are sharded; goes on from a saved `decoder`);
-    * what the checkpoint carries: `abilities`, `trained_image_sizes`, `sampling` (its `image_*` generation settings);
+    * what the checkpoint carries: `abilities`, `sampling` (its `image_*` generation settings);
     * samples on the way: `sample_prompts`, `sample_every`, `image_size`;
     * for `data`: `sequences` (how many, before they come again), `task_inversion`, and `packing` (`unit`: "tokens" or
       "flops", `capacity`, `max_tokens`, `window`);
@@ -133,8 +133,11 @@ def train_decoder(recipe: Recipe) -> None:
         with all_processes().main_process_first():
             codes, grids = extract_codes(source, vq_model, Path(stage["codes"]))
         image_size = vq_model.config.schedule.image_size(grids[-1])
+        image_sizes = [image_size]
     else:
+        documents = [CodedDocuments(own["codes"], vq_model.fingerprint()) for own in recipe.data.values()]
         image_size = tuple(stage["image_size"])
+        image_sizes = sorted({tuple(size) for own in documents for size in own.manifest["image_sizes"]})
 
     # 2. The decoder of the stage before, or a new one, and what of it is trained.
     model = _decoder_of(recipe, vq_model)
@@ -160,7 +163,7 @@ def train_decoder(recipe: Recipe) -> None:
         )
         collate = builder.collate
     else:
-        dataset, collate = _mixed_data(recipe, builder, vq_model.fingerprint())
+        dataset, collate = _mixed_data(recipe, builder, documents)
     model.generation_config = GenerationConfig(
         eos_token_id=builder.end_of_turn,
         pad_token_id=tokenizer.pad_token_id,
@@ -173,7 +176,7 @@ def train_decoder(recipe: Recipe) -> None:
 
     # 4. The result says what it can do.
     model.config.abilities = stage.get("abilities")
-    model.config.trained_image_sizes = [list(own) for own in stage.get("trained_image_sizes", [image_size])]
+    model.config.trained_image_sizes = [list(size) for size in image_sizes]
     if "lora" in stage:
         save_whole(Path(recipe.output_dir) / "adapter", model.save_pretrained)
         model = model.merge_and_unload()
@@ -246,11 +249,11 @@ def _part(name: str) -> str:
     return ".".join(name.split(".")[:2])
 
 
-def _mixed_data(recipe: Recipe, builder: SequenceBuilder, fingerprint: str) -> tuple[Dataset, Callable]:
+def _mixed_data(recipe: Recipe, builder: SequenceBuilder, documents: list[CodedDocuments]) -> tuple[Dataset, Callable]:
     """Extracted datasets, mixed by weight and packed where the recipe says so, and how they are stacked."""
     stage = recipe.stage_args
     sequences = MixedSequences(
-        [CodedDocuments(own["codes"], fingerprint) for own in recipe.data.values()],
+        documents,
         [own.get("weight", 1.0) for own in recipe.data.values()],
         builder,
         length=stage["sequences"],

@@ -121,7 +121,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     where = None
     if len(kinds) == 1:
         own = objects[0]
-        size = own.size if len(objects) == 1 and rng.random() < 0.5 else None
+        size = own.size if len(objects) == 1 and rng.random() < 0.8 else None
         groups = [Group(len(objects), own.shape, own.color if show_color else None, size)]
     elif len(objects) == 2:
         where = relation(*objects)

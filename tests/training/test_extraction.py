@@ -16,9 +16,10 @@ from dots import Dots
 from PIL import Image
 from small_models import small_model
 
-from nextflow_hf.training.coded_documents import CodedDocuments, MixedSequences
+from nextflow_hf.training.coded_documents import CodedDocuments, MixedSequences, shuffled
 from nextflow_hf.training.documents import BrokenRecordError, DocumentReader, load_reader
 from nextflow_hf.training.extraction import ExtractionSettings, extract
+from nextflow_hf.training.pictures import DatasetPictures
 
 
 def picture(index=0, size=(32, 32)):
@@ -212,6 +213,7 @@ def test_pictures_that_are_only_looked_at_are_fed_as_they_are(tmp_path, vq_model
     pairs = [CodedDocuments(tmp_path / "dots")[number][2] for number in range(4)]
     assert all(looked_at.input_codes == looked_at.codes for looked_at, _ in pairs)
     assert any(learned.input_codes != learned.codes for _, learned in pairs)
+    assert CodedDocuments(tmp_path / "dots").manifest["image_sizes"] == [[32, 32]]
 
 
 def test_broken_records_are_left_out_and_named(tmp_path, vq_model):
@@ -293,6 +295,26 @@ def test_two_processes_write_what_one_writes(tmp_path):
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
+# ---- pictures alone --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["nextflow-mini"])
+def test_pictures_are_cut_to_their_aspect_ratio_and_broken_ones_replaced(tmp_path, preset, caplog):
+    records = datasets.Dataset.from_list(captions(6, broken=(2,))).cast_column("image", datasets.Image(decode=False))
+    records.to_parquet(tmp_path / "a.parquet")
+    spec = {"kind": "text_to_image", "path": "parquet", "data_files": str(tmp_path / "a.parquet")}
+    pictures = DatasetPictures(spec, resolution=64, preset=preset)
+    rng = np.random.default_rng(0)
+    assert len(pictures) == 6 and {pictures.image(index).shape for index in range(6)} == {(64, 64, 3), (48, 96, 3)}
+    assert pictures.image(1).dtype == np.uint8 and pictures.prompt(1, rng) == "dot 1"
+    assert pictures.prompt(2, rng) == "dot 3" and "record dot-2" in caplog.text
+    assert pictures.question(4, rng)[1] == "dot 4"
+    with pytest.raises(ValueError, match="max_broken=0"):
+        DatasetPictures(spec, resolution=64, preset=preset, max_broken=0).image(2)
+    with pytest.raises(ValueError, match="not be streamed"):
+        DatasetPictures({**spec, "streaming": True}, resolution=64, preset=preset)
+
+
 # ---- mixing ----------------------------------------------------------------------------------------------------------
 
 
@@ -310,7 +332,32 @@ def test_datasets_are_mixed_by_weight_in_an_order_of_their_own(tmp_path, vq_mode
     assert 0.15 < len(bare) / len(drawn) < 0.35
     assert len({len(item["input_ids"]) for item in items if not item["grids"]}) == 2
     assert {item["id"] for item in drawn} == {f"dot-{i}" for i in range(10)}
-    first_pass = mixed.document_of[mixed.source_of == 0][:10]
-    assert sorted(first_pass) == list(range(10))
+    places = [mixed.place_of(index) for index in range(400)]
+    passes = [[document for number, document in places if number == 0][first : first + 10] for first in (0, 10, 20)]
+    assert all(sorted(own) == list(range(10)) for own in passes) and passes[0] != passes[1] != passes[2]
     with pytest.raises(ValueError, match="positive weight"):
         MixedSequences(sources, [1], builder, length=4)
+    with pytest.raises(ValueError, match="differ by more"):
+        MixedSequences(sources, [1e6, 1], builder, length=4)
+
+
+def test_the_order_of_billions_of_items_is_drawn_where_it_is_read(tmp_path, vq_model, builder):
+    extract({"dots": DocumentReader(captions(), "text_to_image")}, vq_model, tmp_path, SETTINGS)
+    dots = CodedDocuments(tmp_path / "dots")
+    mixed = MixedSequences([dots, dots], [2.5, 1], builder, length=4_000_000_000)
+    around = range(3 * 65_536 - 60, 3 * 65_536 + 60)
+    ranks = [[document for number, document in map(mixed.place_of, around) if number == own] for own in (0, 1)]
+    # Passes go on across blocks: among the documents of one dataset, none comes again before ten others have.
+    for own in ranks:
+        whole = max(range(10), key=lambda start: len(set(own[start : start + 10])))
+        assert sorted(own[whole : whole + 10]) == list(range(10)) == sorted(own[whole + 10 : whole + 20])
+    assert 70 < len(ranks[0]) < 100
+    assert mixed[3_999_999_999]["id"].startswith("dot-")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 10, 64, 65, 1000])
+def test_shuffled_is_a_permutation(size):
+    orders = [[shuffled(index, size, key) for index in range(size)] for key in ("a", "b")]
+    assert all(sorted(own) == list(range(size)) for own in orders)
+    if size >= 10:
+        assert orders[0] != orders[1] != list(range(size))

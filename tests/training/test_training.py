@@ -8,18 +8,22 @@ import torch
 from dots import SQUARE, Dots, codes_of
 from safetensors.torch import load_file
 from small_models import small_config, small_model
+from transformers import TrainingArguments
 
 import nextflow_hf
+from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from nextflow_hf.modeling.modeling_nextflow_vq import NextFlowVQModel
 from nextflow_hf.processing.image_processing_base_nextflow import buckets_from_schedule
 from nextflow_hf.training.code_extraction import extract_codes
-from nextflow_hf.training.data import load_source, to_pixels
+from nextflow_hf.training.coded_documents import CodedDocuments, MixedSequences
+from nextflow_hf.training.data import import_class, load_source, to_pixels
 from nextflow_hf.training.documents import load_reader
 from nextflow_hf.training.recipe import RECIPES, Recipe, load_recipe
 from nextflow_hf.training.sequences import SequenceBuilder
 from nextflow_hf.training.stage_trainer import NonFiniteError, check_writable, run_stage, save_whole
 from nextflow_hf.training.stages import STAGES, run_recipe
 from nextflow_hf.training.train_decoder import DrawAndReadDataset
+from nextflow_hf.training.train_vq import _mean_losses, by_size
 
 # ---- sequences -------------------------------------------------------------------------------------------------------
 
@@ -244,11 +248,17 @@ def test_the_recipes_run_one_after_another(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
-def test_bundled_recipes_are_complete(name):
+def test_bundled_recipes_are_complete(name, tmp_path):
     recipe = load_recipe(name)
     assert recipe.stage in STAGES
-    if recipe.source:
+    if "num_pictures" in recipe.source:
         assert len(load_source({**recipe.source, "num_pictures": 3})) == 3
+    elif recipe.source:
+        assert callable(import_class(recipe.source["class"]))
+    for name in recipe.stage_args.get("recipes", ()):
+        load_recipe(name)
+    if recipe.trainer:
+        TrainingArguments(output_dir=str(tmp_path), **{**recipe.trainer, "report_to": [], "bf16": False})
     for spec in recipe.data.values() if recipe.stage == "extract" else ():
         if "class" in spec:
             (document,) = (own for _, own in load_reader(spec).read(0, 1))
@@ -352,8 +362,9 @@ def test_a_disk_without_room_is_an_error_before_the_first_step(tmp_path):
         check_writable(tmp_path, bytes_needed=10**18)
 
 
-def test_the_decoder_trains_on_packed_documents_of_extracted_datasets(tmp_path, tokenizer):
-    """Extract two datasets, train on packed rows of their mix, and again without a break and with one: same weights."""
+@pytest.fixture
+def train_on_codes(tmp_path, tokenizer):
+    """Extract two datasets; the function trains a one-layer decoder on them and returns the result's folder."""
     vq_model = small_model().vq_model
     vq_model.save_pretrained(tmp_path / "vq")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -368,39 +379,149 @@ def test_the_decoder_trains_on_packed_documents_of_extracted_datasets(tmp_path, 
         )
     )
 
-    def train(name, max_steps):
+    def train(name, max_steps, decoder=None, **stage_args):
+        start = {"decoder": str(tmp_path / decoder / "final")} if decoder else {}
         recipe = Recipe(
             stage="decoder",
             output_dir=str(tmp_path / name),
-            init_from={"vq": str(tmp_path / "vq"), "tokenizer": str(tmp_path / "tokenizer")},
+            init_from={"vq": str(tmp_path / "vq"), "tokenizer": str(tmp_path / "tokenizer"), **start},
             data={
                 "draw": {"codes": str(tmp_path / "codes" / "draw"), "weight": 2},
                 "read": {"codes": str(tmp_path / "codes" / "read")},
             },
-            config={"text.num_hidden_layers": 1},
-            stage_args={
-                "sequences": 200,
-                "image_size": [32, 32],
-                "attn_implementation": "block_varlen",
-                "packing": {"unit": "flops", "capacity": 2e8, "max_tokens": 400, "window": 16},
-            },
+            config={} if decoder else {"text.num_hidden_layers": 1},
+            stage_args={"sequences": 200, "image_size": [32, 32], **stage_args},
             trainer={
                 "max_steps": max_steps,
                 "per_device_train_batch_size": 2,
                 "lr_scheduler_type": "constant",
+                "learning_rate": 1e-2,
                 "save_steps": 2,
                 "logging_steps": 1,
                 "disable_tqdm": True,
-                "use_cpu": True,
             },
         )
         run_recipe(recipe)
-        return load_file(tmp_path / name / "final" / "model.safetensors")
+        return tmp_path / name
 
-    whole = train("whole", 4)
-    train("parted", 2)
-    shutil.rmtree(tmp_path / "parted" / "final")
-    parted = train("parted", 4)
+    return train
+
+
+def weights_in(folder):
+    return load_file(folder / "final" / "model.safetensors")
+
+
+def test_the_decoder_trains_on_packed_documents_of_extracted_datasets(train_on_codes):
+    """Without a break and with one: the same weights."""
+    packed = {
+        "attn_implementation": "block_varlen",
+        "packing": {"unit": "flops", "capacity": 2e8, "max_tokens": 400, "window": 16},
+    }
+    folder = train_on_codes("whole", 4, **packed)
+    shutil.rmtree(train_on_codes("parted", 2, **packed) / "final")
+    whole, parted = weights_in(folder), weights_in(train_on_codes("parted", 4, **packed))
     assert all(torch.equal(whole[name], parted[name]) for name in whole)
-    log = json.loads((tmp_path / "whole" / "trainer_state.json").read_text())["log_history"]
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     assert {"text_loss", "image_loss", "scale_4_loss"} <= log[0].keys()
+    # A recipe's own shape loads as it was trained, and knows what sizes it has seen.
+    config = NextFlowForConditionalGeneration.from_pretrained(folder / "final").config
+    assert config.text_config.num_hidden_layers == 1 and config.trained_image_sizes == [[32, 32]]
+
+
+def test_alignment_moves_the_connector_and_the_head_alone(train_on_codes):
+    before = weights_in(train_on_codes("before", 1))
+    after = weights_in(train_on_codes("after", 2, decoder="before", trained=["model.connector"]))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith("model.connector") for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("stage_args", "message"),
+    [
+        ({"trained": ["model.conector"]}, "begins with \\['model.conector'\\]"),
+        ({"trained": ["lm_head"], "lora": {}}, "not both"),
+        ({"fsdp_size": 2}, "saved one"),
+    ],
+)
+def test_refuses_parts_that_cannot_be_trained(train_on_codes, stage_args, message):
+    with pytest.raises(ValueError, match=message):
+        train_on_codes("bad", 1, **stage_args)
+
+
+def test_lora_trains_resumes_and_is_merged(train_on_codes, tmp_path):
+    from peft import PeftModel
+
+    train_on_codes("base", 1)
+    lora = {"lora": {"r": 2, "target_modules": "all-linear", "exclude_modules": ".*vq_model.*|lm_head"}}
+    folder = train_on_codes("whole", 4, decoder="base", **lora)
+    shutil.rmtree(train_on_codes("parted", 2, decoder="base", **lora) / "final")
+    whole, parted = weights_in(folder), weights_in(train_on_codes("parted", 4, decoder="base", **lora))
+    assert all(torch.equal(whole[name], parted[name]) for name in whole)
+    assert load_file(folder / "adapter" / "adapter_model.safetensors").keys()
+
+    base = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "base" / "final")
+    start = {name: own.clone() for name, own in base.state_dict().items()}
+    merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().state_dict()
+    for name, own in NextFlowForConditionalGeneration.from_pretrained(folder / "final").state_dict().items():
+        torch.testing.assert_close(merged[name], own, atol=1e-6, rtol=1e-5)
+        linear = "proj.weight" in name or "connector.linear" in name
+        if not linear or "vq_model" in name:
+            assert torch.equal(own, start[name]), name
+    # Killed between its last checkpoint and its result.
+    shutil.rmtree(folder / "final")
+    again = weights_in(train_on_codes("whole", 4, decoder="base", **lora))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_inverted_tasks_ask_for_the_words(train_on_codes, tmp_path, tokenizer):
+    folder = train_on_codes("short", 1)
+    builder = SequenceBuilder(tokenizer, NextFlowForConditionalGeneration.from_pretrained(folder / "final").config)
+    documents = CodedDocuments(tmp_path / "codes" / "draw")
+    straight, mixed, inverted = (
+        MixedSequences([documents], [1], builder, length=200, prompt_dropout=0.0, task_inversion=share)
+        for share in (0.0, 0.25, 1.0)
+    )
+    learned = [
+        sum(any(label >= 0 for label in item["image_labels"][0]) for item in items)
+        for items in (straight, mixed, inverted)
+    ]
+    assert learned[0] == 200 and 130 < learned[1] < 170 and learned[2] == 0
+    item = inverted[3]
+    words = tokenizer.decode([label for label in item["labels"] if label >= 0])
+    name, messages, images = documents[inverted.place_of(3)[1]]
+    assert item["id"] == name and words.removesuffix("<|im_end|>") in messages[0]["content"][0]["text"]
+    assert item["codes"][0] == images[0].input_codes
+
+
+def test_a_chain_runs_what_has_not_run(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setitem(STAGES, "teacher", lambda recipe: (ran.append(recipe.output_dir), make(recipe.output_dir)))
+
+    def make(folder):
+        (tmp_path / folder / "final").mkdir(parents=True)
+
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        (tmp_path / f"{name}.yaml").write_text(f"stage: teacher\noutput_dir: runs/{name}\n")
+    chain = Recipe(stage="chain", output_dir="runs", stage_args={"recipes": ["a.yaml", "b.yaml"]})
+    make("runs/a")
+    run_recipe(chain)
+    assert ran == ["runs/b"]
+    with pytest.raises(ValueError, match="no recipe"):
+        run_recipe(Recipe(stage="chain", output_dir="runs", stage_args={"recipes": ["a.yaml", "c.yaml"]}))
+
+
+def test_pictures_of_several_sizes_weigh_as_in_one_batch(tmp_path):
+    """The step's loss is the mean over pictures, whatever their sizes."""
+    images = [
+        np.full((32, 32, 3), 10, np.uint8),
+        np.full((32, 64, 3), 20, np.uint8),
+        np.full((32, 32, 3), 30, np.uint8),
+    ]
+    square, wide = by_size(images)
+    assert square.shape == (2, 3, 32, 32) and wide.shape == (1, 3, 32, 64)
+    model = small_model().vq_model.eval()
+    with torch.no_grad():
+        outputs = [model(pixels, semantic_targets=model.semantic_features(pixels)) for pixels in (square, wide)]
+    joined = _mean_losses(outputs, [2, 1])
+    torch.testing.assert_close(joined.pixel_loss, (2 * outputs[0].pixel_loss + outputs[1].pixel_loss) / 3)
