@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from .processes import all_processes
 from .recipe import Recipe
@@ -149,7 +148,8 @@ def run_stage(
         "seed": 0,
         "remove_unused_columns": False,
         "report_to": [],
-        "save_total_limit": 1,
+        # While a checkpoint is being written, the one before it must be there.
+        "save_total_limit": 2,
         "logging_steps": 50,
         "disable_tqdm": False,
         "use_cpu": not torch.accelerator.is_available(),
@@ -157,7 +157,7 @@ def run_stage(
         "accelerator_config": {"dispatch_batches": False},
         **recipe.trainer,
     }
-    last = get_last_checkpoint(str(folder))
+    last = last_checkpoint(folder)
     if "fsdp_size" in recipe.stage_args:
         # Of a model that was sharded on loading, transformers saves no optimizer.
         arguments["save_only_model"] = True
@@ -198,15 +198,21 @@ def run_stage(
     return model.eval()
 
 
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that is whole: the averaged weights are written last, so it has them."""
+    whole = [path.parent for path in Path(folder).glob(f"checkpoint-*/{_EMA_FILE}")]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[-1]))) if whole else None
+
+
 def _step_of(checkpoint: str) -> int:
     return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
 
 
 def _checkpoint_bytes(model: PreTrainedModel) -> int:
-    """Weights, their average and Adam's two moments; twice, as the old checkpoint goes when the new one is whole."""
+    """Weights, their average and Adam's two moments; of the two checkpoints that are kept, and the one in the making."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return 2 * (weights + 3 * trained)
+    return 3 * (weights + 3 * trained)
 
 
 def check_writable(folder: Path, bytes_needed: int = 0) -> None:

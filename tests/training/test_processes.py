@@ -1,8 +1,12 @@
-"""Two processes on a CPU (gloo) train as one does."""
+"""Whole processes: two on a CPU (gloo) train as one does, and one that is killed goes on."""
 
 import json
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,7 +27,7 @@ from nextflow_hf.training.processes import all_processes
 from nextflow_hf.training.recipe import Recipe
 from nextflow_hf.training.stages import run_recipe
 
-folder, batch, extra = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+folder, batch, steps, extra = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
 assert all_processes().num_processes == 4 // batch
 run_recipe(Recipe(
     stage="decoder",
@@ -32,7 +36,7 @@ run_recipe(Recipe(
     source={{"class": "dots:Dots"}},
     stage_args={{"codes": folder + "/codes.safetensors", "read_share": 0.0, "prompt_dropout": 0.0, **extra}},
     trainer={{
-        "max_steps": 4, "per_device_train_batch_size": batch, "logging_steps": 1, "save_steps": 2,
+        "max_steps": steps, "per_device_train_batch_size": batch, "logging_steps": 1, "save_steps": 2,
         "learning_rate": 1e-3, "disable_tqdm": True,
     }},
 ))
@@ -40,8 +44,8 @@ run_recipe(Recipe(
 
 
 @pytest.fixture
-def run(tmp_path, tokenizer):
-    """Trains by one process or two; losses, and the result."""
+def start(tmp_path, tokenizer):
+    """Starts a run by one process or two."""
     vq_model = small_model().vq_model
     model = NextFlowForConditionalGeneration(NextFlowConfig.from_preset("nextflow-mini", vq_config=vq_model.config))
     model.set_vq_model(vq_model)
@@ -53,12 +57,23 @@ def run(tmp_path, tokenizer):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT.format(path=[str(here), str(here.parent)]))
 
-    def run(name, processes, **extra):
+    def start(name, processes=1, steps=4, **extra):
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command = [sys.executable, *(launch if processes > 1 else []), str(script), name, str(4 // processes)]
-        command.append(json.dumps(extra))
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
+        command += [str(steps), json.dumps(extra)]
+        return subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    return start
+
+
+@pytest.fixture
+def run(start, tmp_path):
+    """Runs to the end: losses, and the result."""
+
+    def run(name, **arguments):
+        process = start(name, **arguments)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
         log = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
         losses = torch.tensor([entry["loss"] for entry in log if "loss" in entry])
         return losses, NextFlowForConditionalGeneration.from_pretrained(tmp_path / name / "final")
@@ -68,8 +83,8 @@ def run(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("extra", [{}, {"fsdp_size": 2}], ids=["data_parallel", "fsdp2"])
 def test_two_processes_give_the_losses_and_weights_of_one(run, tmp_path, extra):
-    losses, model = run("one", 1)
-    losses_of_two, model_of_two = run("two", 2, **extra)
+    losses, model = run("one")
+    losses_of_two, model_of_two = run("two", processes=2, **extra)
     torch.testing.assert_close(losses_of_two, losses, atol=1e-4, rtol=1e-5)
     weights, weights_of_two = model.state_dict(), model_of_two.state_dict()
     assert weights.keys() == weights_of_two.keys()
@@ -78,3 +93,23 @@ def test_two_processes_give_the_losses_and_weights_of_one(run, tmp_path, extra):
     average = load_file(tmp_path / "two" / "checkpoint-4" / "ema.safetensors")
     for name, own in load_file(tmp_path / "one" / "checkpoint-4" / "ema.safetensors").items():
         torch.testing.assert_close(average[name], own, atol=1e-4, rtol=1e-4)
+
+
+def test_a_run_killed_five_times_ends_with_the_same_weights(start, run, tmp_path):
+    _, whole = run("whole", steps=20)
+    rng = random.Random(0)
+    for reached in (2, 4, 10, 14, 18):
+        process = start("killed", steps=20)
+        deadline = time.monotonic() + 60
+        # At some instant of the steps that follow, or of writing the next checkpoint.
+        while not (tmp_path / "killed" / f"checkpoint-{reached}").is_dir() and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.1))
+        assert process.poll() is None, process.stderr.read()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert not (tmp_path / "killed" / "final").exists()
+    _, resumed = run("killed", steps=20)
+    for (name, one), (_, other) in zip(whole.state_dict().items(), resumed.state_dict().items(), strict=True):
+        assert torch.equal(one, other), name
