@@ -113,6 +113,10 @@ class ScaleStreamer(BaseStreamer):
 class ImageSampling:
     """How codes are drawn from the model's scores.
 
+    Temperature, top-k and top-p are one number, or one per scale, of which the last holds for all finer scales too:
+    codes of one scale are drawn independently of each other, so a small model draws well what it only varies in its
+    first scales.
+
     Attributes:
         guidance_scale: Strength of classifier-free guidance; 0 draws from the conditional scores alone. It grows
             over the scales: t_k = guidance_scale * k / (K - 1), scores = (1 + t_k) * cond - t_k * uncond.
@@ -122,19 +126,32 @@ class ImageSampling:
     """
 
     guidance_scale: float = DEFAULT_SAMPLING["guidance_scale"]
-    temperature: float = DEFAULT_SAMPLING["temperature"]
-    top_k: int = DEFAULT_SAMPLING["top_k"]
-    top_p: float = DEFAULT_SAMPLING["top_p"]
+    temperature: float | Sequence[float] = DEFAULT_SAMPLING["temperature"]
+    top_k: int | Sequence[int] = DEFAULT_SAMPLING["top_k"]
+    top_p: float | Sequence[float] = DEFAULT_SAMPLING["top_p"]
 
     def __post_init__(self):
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise ValueError(f"`guidance_scale` must be a finite number >= 0, got {self.guidance_scale}.")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        if not all(math.isfinite(own) and own >= 0 for own in _per_scale("temperature", self.temperature)):
             raise ValueError(f"`temperature` must be a finite number >= 0, got {self.temperature}.")
-        if self.top_k < 0 or int(self.top_k) != self.top_k:
+        if not all(own >= 0 and int(own) == own for own in _per_scale("top_k", self.top_k)):
             raise ValueError(f"`top_k` must be a whole number >= 0, got {self.top_k}.")
-        if not 0 < self.top_p <= 1:
+        if not all(0 < own <= 1 for own in _per_scale("top_p", self.top_p)):
             raise ValueError(f"`top_p` must lie in (0, 1], got {self.top_p}.")
+
+    def at(self, scale: int) -> "ImageSampling":
+        """What holds at a scale (from 0): one number each."""
+        values = {name: _per_scale(name, getattr(self, name)) for name in ("temperature", "top_k", "top_p")}
+        own = {name: numbers[min(scale, len(numbers) - 1)] for name, numbers in values.items()}
+        return ImageSampling(self.guidance_scale, **own)
+
+
+def _per_scale(name: str, value) -> Sequence:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if not values:
+        raise ValueError(f"`{name}` must be a number, or one number per scale, got {value}.")
+    return values
 
 
 def sample_codes(scores: torch.Tensor, uniforms: torch.Tensor, sampling: ImageSampling) -> torch.LongTensor:
@@ -143,7 +160,7 @@ def sample_codes(scores: torch.Tensor, uniforms: torch.Tensor, sampling: ImageSa
     Args:
         scores: float `(rows, codebook_size)`.
         uniforms: `(rows,)` numbers in [0, 1), the only randomness.
-        sampling: Temperature, top-k and top-p.
+        sampling: Temperature, top-k and top-p, one number each.
 
     Returns:
         `(rows,)` codes.
@@ -198,7 +215,8 @@ class NextScaleGenerationMixin(GenerationMixin):
 
                 * `image_size`: (height, width) in pixels, or one pair per prompt. By default the checkpoint's first
                   trained size, or the lowest resolution of the schedule.
-                * `guidance_scale`, `temperature`, `top_k`, `top_p`: see [`ImageSampling`]. Defaults come from
+                * `guidance_scale`, `temperature`, `top_k`, `top_p`: see [`ImageSampling`]; the last three may be lists,
+                  one number per scale. Defaults come from
                   `image_*` entries of the checkpoint's generation config. In interleaved mode their names carry the
                   prefix `image_`, and the plain names govern text.
                 * `seed`: one number (prompt i is drawn with seed + i), or one per prompt. A picture depends on its own
@@ -298,9 +316,9 @@ class NextScaleGenerationMixin(GenerationMixin):
         callback_on_scale_end: Callable[[ScaleStep], bool | None] | None = None,
         streamer: BaseStreamer | None = None,
         guidance_scale: float | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        temperature: float | Sequence[float] | None = None,
+        top_k: int | Sequence[int] | None = None,
+        top_p: float | Sequence[float] | None = None,
         **unknown,
     ) -> NextFlowImageOutput:
         # 1. Check everything before any work is done.
@@ -405,7 +423,7 @@ class NextScaleGenerationMixin(GenerationMixin):
                     strength = ramp(sampling.guidance_scale, scale, len(grids[row]))
                     guided = (1 + strength) * conditional - strength * scores[batch + row, :slots]
                 uniforms = torch.rand(slots, generator=generators[row], dtype=torch.float64)
-                drawn = sample_codes(guided, uniforms.to(device), sampling)
+                drawn = sample_codes(guided, uniforms.to(device), sampling.at(scale))
                 scales[row].append(drawn)
                 log_probs[row].append(conditional.log_softmax(dim=-1).gather(-1, drawn[:, None])[:, 0])
             # 4. Tell who watches.
@@ -520,9 +538,9 @@ class NextScaleGenerationMixin(GenerationMixin):
         max_images: int = 8,
         max_new_tokens: int = 256,
         image_guidance_scale: float | None = None,
-        image_temperature: float | None = None,
-        image_top_k: int | None = None,
-        image_top_p: float | None = None,
+        image_temperature: float | Sequence[float] | None = None,
+        image_top_k: int | Sequence[int] | None = None,
+        image_top_p: float | Sequence[float] | None = None,
         **text_kwargs,
     ) -> NextFlowInterleavedOutput:
         """Text until `<boi>`, a picture, `<eoi>`, and so on, each prompt on its own.

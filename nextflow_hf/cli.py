@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 
@@ -31,8 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--count", type=int, default=1, help="pictures to draw")
     generate.add_argument("--size", type=_size, help="HEIGHTxWIDTH in pixels")
     generate.add_argument("--seed", type=int, default=0)
-    for name, kind in (("guidance-scale", float), ("temperature", float), ("top-k", int), ("top-p", float)):
-        generate.add_argument(f"--{name}", type=kind)
+    _add_sampling(generate)
     generate.set_defaults(run=_generate)
 
     describe = commands.add_parser("describe", help="say what a picture shows")
@@ -61,8 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--captions", type=int, default=500, help="pictures to describe")
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument("--output", type=Path, help="JSON file for the scores and all settings")
-    for name, kind in (("guidance-scale", float), ("temperature", float), ("top-k", int), ("top-p", float)):
-        evaluate.add_argument(f"--{name}", type=kind)
+    _add_sampling(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     demo = commands.add_parser("demo", help="draw and describe with the bundled checkpoint")
@@ -76,6 +75,24 @@ def _size(text: str) -> tuple[int, int]:
     if not (separator and height.isdigit() and width.isdigit()):
         raise argparse.ArgumentTypeError(f"a size is HEIGHTxWIDTH, got {text!r}")
     return int(height), int(width)
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--guidance-scale", type=float)
+    for name, kind in (("temperature", float), ("top-k", int), ("top-p", float)):
+        parser.add_argument(
+            f"--{name}",
+            type=partial(_per_scale, kind),
+            help="one number, or one per scale with commas between; the last holds for all finer scales",
+        )
+
+
+def _per_scale(kind: type, text: str):
+    try:
+        numbers = [kind(own) for own in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"numbers with commas between are needed, got {text!r}") from error
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 def _sampling(args: argparse.Namespace) -> dict:

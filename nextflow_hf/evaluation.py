@@ -20,6 +20,7 @@ from .scenes import (
     calibrate,
     facts_match,
     is_complete,
+    lattice_for,
     make_prompts,
     parse,
 )
@@ -33,15 +34,19 @@ def score_drawing(
     split: str = "test",
     seed: int = 0,
     batch_size: int = 64,
+    size: tuple[int, int] | None = None,
     **sampling,
 ) -> dict:
     """The strict scenes score: a picture counts if it shows exactly the objects asked for and nothing else.
+
+    `size` is (height, width) in pixels; by default the checkpoint's first. `sampling` goes to `generate`.
 
     Returns:
         `overall` and each category: `score` (share of pictures that pass), and `low`, `high` of the 95 % interval from
         resampling prompts.
     """
-    referee = Referee()
+    size = _first_size(model) if size is None else size
+    referee = Referee(lattice_for(size))
     prompts = [p for category in CATEGORIES for p in make_prompts(category, prompts_per_category, split, seed)]
     jobs = [(index, image) for index in range(len(prompts)) for image in range(images_per_prompt)]
     pictures = draw_prompts(
@@ -50,6 +55,7 @@ def score_drawing(
         [prompts[index].text for index, _ in jobs],
         [seed + 1000 * index + image for index, image in jobs],
         batch_size,
+        image_size=size,
         **sampling,
     )
     passed = np.array([referee.judge(own, prompts[index].facts).passed for (index, _), own in zip(jobs, pictures)])
@@ -70,7 +76,7 @@ def score_captions(
     batch_size: int = 64,
 ) -> dict:
     """Share of held-out pictures whose description, read back to facts, is complete and right in everything."""
-    source = SceneSource(_square(model), n, seed + 100_000, split)
+    source = SceneSource(_first_size(model), n, seed + 100_000, split)
     answers = describe_pictures(model, processor, [source.image(index) for index in range(n)], batch_size=batch_size)
     right = []
     for index, text in enumerate(answers):
@@ -91,7 +97,7 @@ def score_tokenizer(
         referee reads as the original's facts.
     """
     source = SceneSource(size, n, seed + 200_000, split)
-    referee = Referee()
+    referee = Referee(lattice_for(size))
     errors, used, read = [], set(), 0
     for first in range(0, n, 50):
         indices = range(first, min(first + 50, n))
@@ -127,14 +133,24 @@ def evaluate_scenes(
     seed: int = 0,
     **sampling,
 ) -> dict:
-    """Everything that is measured of a checkpoint on scenes, with every setting that moves a score."""
+    """Everything that is measured of a checkpoint on scenes, with every setting that moves a score.
+
+    The first of the checkpoint's sizes is measured in full; of the others, drawing with one picture a prompt.
+    """
     model, processor = load(checkpoint)
-    size = _square(model)
+    size, *other_sizes = _sizes(model)
     result = {
         "referee": calibrate(1000, size, seed),
         "tokenizer": score_tokenizer(model.vq_model, size, seed=seed),
         "drawing": score_drawing(model, processor, prompts_per_category, images_per_prompt, seed=seed, **sampling),
     }
+    if other_sizes:
+        result["drawing_at_other_sizes"] = {
+            f"{own[0]}x{own[1]}": score_drawing(
+                model, processor, prompts_per_category, 1, seed=seed, size=own, **sampling
+            )
+            for own in other_sizes
+        }
     if model.config.abilities is None or "caption" in model.config.abilities:
         result["captions"] = score_captions(model, processor, captions, seed=seed)
     chosen = model._image_sampling(
@@ -167,6 +183,9 @@ def table(result: dict) -> str:
     lines = ["| measure | score | 95 % interval |", "|---|---|---|"]
     for name, own in result["drawing"].items():
         lines.append(f"| drawing: {name} | {own['score']:.3f} | {own['low']:.3f} to {own['high']:.3f} |")
+    for size, scores in result.get("drawing_at_other_sizes", {}).items():
+        own = scores["overall"]
+        lines.append(f"| drawing at {size}: overall | {own['score']:.3f} | {own['low']:.3f} to {own['high']:.3f} |")
     if "captions" in result:
         own = result["captions"]
         lines.append(f"| captions | {own['score']:.3f} | {own['low']:.3f} to {own['high']:.3f} |")
@@ -188,9 +207,13 @@ def weights_hash(folder: str) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def _square(model) -> tuple[int, int]:
+def _sizes(model) -> list[tuple[int, int]]:
     trained = model.config.trained_image_sizes
-    return tuple(trained[0]) if trained else (min(model.config.schedule.resolutions),) * 2
+    return [tuple(size) for size in trained] if trained else [(min(model.config.schedule.resolutions),) * 2]
+
+
+def _first_size(model) -> tuple[int, int]:
+    return _sizes(model)[0]
 
 
 def _resample(scores: np.ndarray, rng: np.random.Generator, draws: int = 2000) -> np.ndarray:

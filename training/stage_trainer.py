@@ -209,7 +209,7 @@ def _step_of(checkpoint: str) -> int:
 
 
 def _checkpoint_bytes(model: PreTrainedModel) -> int:
-    """Weights, their average and Adam's two moments; of the two checkpoints that are kept, and the one in the making."""
+    """Weights, their average and Adam's two moments, of the two checkpoints that are kept and of the next."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return 3 * (weights + 3 * trained)

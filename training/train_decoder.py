@@ -137,7 +137,7 @@ def train_decoder(recipe: Recipe) -> None:
     else:
         documents = [CodedDocuments(own["codes"], vq_model.fingerprint()) for own in recipe.data.values()]
         image_size = tuple(stage["image_size"])
-        image_sizes = sorted({tuple(size) for own in documents for size in own.manifest["image_sizes"]})
+        image_sizes = {tuple(size) for own in documents for size in own.manifest["image_sizes"]}
 
     # 2. The decoder of the stage before, or a new one, and what of it is trained.
     model = _decoder_of(recipe, vq_model)
@@ -176,7 +176,10 @@ def train_decoder(recipe: Recipe) -> None:
 
     # 4. The result says what it can do.
     model.config.abilities = stage.get("abilities")
-    model.config.trained_image_sizes = [list(size) for size in image_sizes]
+    # The first is what is drawn where no size is asked for.
+    model.config.trained_image_sizes = [
+        list(size) for size in sorted(image_sizes, key=lambda size: (size != image_size, size))
+    ]
     if "lora" in stage:
         save_whole(Path(recipe.output_dir) / "adapter", model.save_pretrained)
         model = model.merge_and_unload()

@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 from .captions import Facts, Group, facts_match
 from .referee import Referee
 from .sampling import sample_scene
-from .world import COLORS, DIAMETERS, SHAPES, Scene, render
+from .world import COLORS, DIAMETERS, SHAPES, Scene, lattice_for, render
 
 DEFECTS = ("half missing", "half another colour", "hole", "stray patch")
 
@@ -34,14 +34,15 @@ def calibrate(n: int = 1000, size: tuple[int, int] = (64, 64), seed: int = 0, sp
     """
     if n < 1:
         raise ValueError(f"Calibration needs at least one picture, got {n}.")
-    referee = Referee()
+    lattice = lattice_for(size)
+    referee = Referee(lattice)
     rng = np.random.default_rng(seed)
     # Spoiling has randomness of its own, so that it does not change which pictures the other rates are measured on.
     spoil_rng = np.random.default_rng((seed, 1))
     names = ("error", "error_degraded", "false_accepts", "false_accepts_degraded", "spoiled_accepts")
     counts = dict.fromkeys(names, 0)
     for _ in range(n):
-        scene = sample_scene(rng, split)
+        scene = sample_scene(rng, split, lattice)
         picture = render(scene, size)
         claimed = complete_facts(near_miss(scene, rng))
         for suffix, own in (("", picture), ("_degraded", degrade(picture, rng))):

@@ -1,7 +1,8 @@
 """What can be said of a scene: prompts in varied English, one canonical description, and the way back to facts.
 
 Every caption accounts for all objects and says nothing false; it may leave out colours, sizes, the background and
-where things lie.
+where things lie. Where things lie is said of one as seen from the other ("left of"), or of each in the picture ("at the
+top left").
 """
 
 import re
@@ -11,7 +12,7 @@ from itertools import permutations
 
 import numpy as np
 
-from .world import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, relation
+from .world import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, named_cells, relation
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 _PLURALS = {shape: f"{shape}es" if shape.endswith("s") else f"{shape}s" for shape in SHAPES}
@@ -37,21 +38,30 @@ class Group:
     shape: str
     color: str | None = None
     size: str | None = None
+    place: str | None = None
 
     def __post_init__(self):
+        if self.place is not None and self.count != 1:
+            raise ValueError(f"A place is said of one object, not of {self.count}.")
         if self.count != 1 and self.count not in NUMBERS:
             raise ValueError(f"A group has 1 to {max(NUMBERS)} objects, got {self.count!r}.")
         for name, value, known in (
             ("shape", self.shape, SHAPES),
             ("color", self.color, (None, *COLORS)),
             ("size", self.size, (None, *SIZES)),
+            ("place", self.place, (None, *PLACES)),
         ):
             if value not in known:
                 raise ValueError(f"A group's {name} must be one of {tuple(known)}, got {value!r}.")
 
-    def fits(self, own) -> bool:
-        """Whether an object (with `shape`, `color`, `size`) is one of these."""
-        return own.shape == self.shape and self.color in (None, own.color) and self.size in (None, own.size)
+    def fits(self, own, lattice: tuple[int, int]) -> bool:
+        """Whether an object (with `shape`, `color`, `size`, `cell`) of a scene with this lattice is one of these."""
+        return (
+            own.shape == self.shape
+            and self.color in (None, own.color)
+            and self.size in (None, own.size)
+            and self.place in (None, named_cells(own.size, lattice).get(own.cell))
+        )
 
 
 @dataclass(frozen=True)
@@ -87,11 +97,12 @@ class Facts:
 
 
 def phrase(group: Group, digits: bool = False) -> str:
-    """A group as words: "a small red circle", "three stars"."""
+    """A group as words: "a small red circle", "three stars", "a star at the top"."""
     words = [word for word in (group.size, group.color) if word]
     if group.count == 1:
         words.append(group.shape)
         article = "an" if words[0][0] in "aeiou" else "a"
+        words += [PLACES[group.place]] if group.place else []
         return " ".join((article, *words))
     number = str(group.count) if digits else NUMBERS[group.count]
     return " ".join((number, *words, _PLURALS[group.shape]))
@@ -114,6 +125,34 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
     Objects are named in the scene's order, but two whose relation is told in either; one above another is always told.
     """
+    groups, where, background = _claims(scene, rng)
+    wording = None if where is None else _RELATION_WORDS[where][rng.integers(len(_RELATION_WORDS[where]))]
+    return _opening(rng) + words_of(Facts(groups, where, background), wording, digits=rng.random() < 0.15)
+
+
+def caption_with_places(scene: Scene, rng: np.random.Generator) -> str:
+    """Words that ask for a scene and say where in the picture each object lies, different from call to call.
+
+    Raises:
+        ValueError: If an object lies where no place has a name.
+    """
+    show_color, show_size = rng.random() < 0.85, rng.random() < 0.4 or any(own.span > 1 for own in scene.objects)
+    groups = []
+    for own in scene.objects:
+        place = named_cells(own.size, scene.lattice).get(own.cell)
+        if place is None:
+            raise ValueError(f"There is no name for the place of {own} in a lattice of {scene.lattice}.")
+        groups.append(Group(1, own.shape, own.color if show_color else None, own.size if show_size else None, place))
+    background = scene.background if rng.random() < 0.3 else None
+    return _opening(rng) + words_of(Facts(tuple(groups), None, background))
+
+
+def _opening(rng: np.random.Generator) -> str:
+    return OPENINGS[rng.integers(len(OPENINGS))] if rng.random() < 0.4 else ""
+
+
+def _claims(scene: Scene, rng: np.random.Generator) -> tuple[tuple[Group, ...], str | None, str | None]:
+    """Groups, relation and background that a caption tells."""
     objects = list(scene.objects)
     show_color = rng.random() < 0.75
     kinds = Counter((own.shape, own.color) for own in objects)
@@ -138,9 +177,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         ]
     else:
         groups = [Group(count, shape, color) for (shape, color), count in kinds.items()]
-    opening = OPENINGS[rng.integers(len(OPENINGS))] if rng.random() < 0.4 else ""
-    wording = None if where is None else _RELATION_WORDS[where][rng.integers(len(_RELATION_WORDS[where]))]
-    return opening + words_of(Facts(tuple(groups), where, background), wording, digits=rng.random() < 0.15)
+    return tuple(groups), where, background
 
 
 def describe(scene: Scene) -> str:
@@ -157,7 +194,9 @@ _SHAPE_OF = {**{shape: shape for shape in SHAPES}, **{plural: shape for shape, p
 _PHRASE = (
     rf"(?P<number{{0}}>{'|'.join(_NUMBER_OF)})(?: (?P<size{{0}}>{'|'.join(SIZES)}))?"
     rf"(?: (?P<color{{0}}>{'|'.join(COLORS)}))? (?P<shape{{0}}>{'|'.join(_SHAPE_OF)})"
+    rf"(?: (?P<place{{0}}>{'|'.join(PLACES.values())}))?"
 )
+_PLACE_OF = {words: place for place, words in PLACES.items()}
 _WHERE_OF = {wording: where for where, wordings in _RELATION_WORDS.items() for wording in wordings}
 _CAPTION = re.compile(
     rf"^(?:{'|'.join(OPENINGS)})?(?P<body>.+?)(?: on a (?P<background>{'|'.join(BACKGROUNDS)}) background)?$"
@@ -178,7 +217,7 @@ def parse(text: str) -> Facts | None:
             return None
         return Facts(groups, _WHERE_OF[related["where"]], whole["background"])
     phrases = [_ONE.match(part) for part in re.split(r", | and ", whole["body"])]
-    if any(part is None for part in phrases):
+    if any(part is None or (part["place1"] and _NUMBER_OF[part["number1"]] > 1) for part in phrases):
         return None
     return Facts(tuple(_group(part, 1) for part in phrases), None, whole["background"])
 
@@ -189,6 +228,7 @@ def _group(match: re.Match, index: int) -> Group:
         _SHAPE_OF[match[f"shape{index}"]],
         match[f"color{index}"],
         match[f"size{index}"],
+        _PLACE_OF.get(match[f"place{index}"]),
     )
 
 
@@ -200,7 +240,8 @@ def facts_match(facts: Facts, scene) -> bool:
     if facts.relation is not None:
         first, second = facts.groups
         return any(
-            first.fits(a) and second.fits(b) and relation(a, b) == facts.relation for a, b in permutations(objects)
+            first.fits(a, scene.lattice) and second.fits(b, scene.lattice) and relation(a, b) == facts.relation
+            for a, b in permutations(objects)
         )
     wanted = [group for group in facts.groups for _ in range(group.count)]
     taken_by: dict[int, int] = {}
@@ -208,7 +249,7 @@ def facts_match(facts: Facts, scene) -> bool:
     def find(index: int, tried: set[int]) -> bool:
         """Give claim `index` an object; whoever holds it moves to another (augmenting paths)."""
         for place, own in enumerate(objects):
-            if place not in tried and wanted[index].fits(own):
+            if place not in tried and wanted[index].fits(own, scene.lattice):
                 tried.add(place)
                 if place not in taken_by or find(taken_by[place], tried):
                     taken_by[place] = index

@@ -59,6 +59,12 @@ class SeenObject:
     center: tuple[float, float]
     fit: float
 
+    @property
+    def cell(self) -> tuple[float, float]:
+        """(row, column) of the lattice cell in which it begins, as of a [`SceneObject`]; not whole between cells."""
+        half = 1.0 if self.size == "large" else 0.5
+        return self.center[0] - half, self.center[1] - half
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -67,11 +73,13 @@ class Reading:
     Attributes:
         objects: Recognised objects.
         background: One of `BACKGROUNDS`, or `None` if it is none of them.
+        lattice: (rows, columns) that the places are counted in.
         reason: Why the picture cannot be read; empty if it can.
     """
 
     objects: tuple[SeenObject, ...]
     background: str | None
+    lattice: tuple[int, int]
     reason: str = ""
 
     @property
@@ -151,7 +159,7 @@ class Referee:
             )
         background = _background(pixels)
         if background is None:
-            return Reading((), None, "the background is none of the known ones")
+            return Reading((), None, self.lattice, "the background is none of the known ones")
         ground = np.array(BACKGROUNDS[background], np.float32)
         distance = np.linalg.norm(pixels - ground, axis=-1)
         objects, drawn = [], []
@@ -160,13 +168,14 @@ class Referee:
                 continue
             seen = self._recognise(pixels, ground, piece, pitch)
             if isinstance(seen, str):
-                return Reading(tuple(objects), background, seen)
+                return Reading(tuple(objects), background, self.lattice, seen)
             objects.append(seen[0])
             drawn.append(seen[1])
         reach = max(1, round(_REACH * pitch))
         if _unexplained(pixels, ground, drawn, reach) > _UNEXPLAINED * pitch**2:
-            return Reading(tuple(objects), background, "something is there that the objects do not explain")
-        return Reading(tuple(objects), background)
+            reason = "something is there that the objects do not explain"
+            return Reading(tuple(objects), background, self.lattice, reason)
+        return Reading(tuple(objects), background, self.lattice)
 
     def _recognise(self, pixels, ground, piece, pitch) -> tuple[SeenObject, _Drawn] | str:
         """The object a piece is, with what it looks like undamaged; or why it is none."""

@@ -19,14 +19,17 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .world import BACKGROUNDS, COLORS, SHAPES, Scene, SceneObject, relation
+from .world import BACKGROUNDS, COLORS, SHAPES, Scene, SceneObject, named_cells, relation
 
+ARRANGEMENTS = ("free", "orderly", "placed")
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SPLITS = ("train", "validation", "test")
 MAX_OBJECTS = 4
 # Shares of scenes with one object, with some alike, with two that differ, with more that differ.
 FAMILIES = (0.25, 0.27, 0.38, 0.10)
 _TEST_SHARE, _VALIDATION_SHARE = 0.13, 0.07
+# Share of large objects where places have names, by the number of objects.
+_LARGE_SHARE = {1: 0.55, 2: 0.35, 3: 0.12, 4: 0.06}
 # Kinds with few keys are split by hand, so that training still sees every shape and size in each place.
 _CHOSEN = {
     ("single_object", "large star"): "test",
@@ -98,18 +101,17 @@ def sample_scene(
         lattice: (rows, columns).
         arrangement: "free": objects lie anywhere with a free cell between them. "orderly": what there is decides where
             it lies, but for the axis of two that differ. The codes of one scale are drawn independently of each
-            other, so a small model draws an orderly world long before it draws a free one.
+            other, so a small model draws an orderly world long before it draws a free one. "placed": each lies at
+            a place that has a name, so that a caption can say where (`captions.caption_with_places`).
         families: Shares of scenes with one object, with some alike, with two that differ, with more that differ. The
             first two have few combinations, which a model that sees them often learns by heart.
 
     Raises:
         ValueError: If there is no such split or arrangement, the shares do not sum to 1, or the lattice has fewer than
-            3 x 3 cells (4 x 4 where it is orderly).
+            3 x 3 cells.
     """
-    if arrangement not in ("free", "orderly"):
-        raise ValueError(f'An arrangement is "free" or "orderly", got {arrangement!r}.')
-    if arrangement == "orderly" and min(lattice) < 4:
-        raise ValueError(f"An orderly arrangement needs a lattice of at least 4 x 4 cells, got {lattice}.")
+    if arrangement not in ARRANGEMENTS:
+        raise ValueError(f"An arrangement is one of {ARRANGEMENTS}, got {arrangement!r}.")
     if split not in SPLITS:
         raise ValueError(f"A split is one of {SPLITS}, got {split!r}.")
     if min(lattice) < 3:
@@ -145,29 +147,56 @@ def place(
     return cells
 
 
-def arrange(rng: np.random.Generator, sizes: list[str], alike: bool) -> list[tuple[int, int]]:
+def place_by_name(
+    rng: np.random.Generator, sizes: list[str], lattice: tuple[int, int] = (4, 4)
+) -> list[tuple[int, int]] | None:
+    """Random places that have names, with a free cell between any two objects; `None` if this try found none."""
+    taken: set[tuple[int, int]] = set()
+    cells = []
+    for size in sizes:
+        named = list(named_cells(size, lattice))
+        row, column = named[rng.integers(len(named))]
+        span = 2 if size == "large" else 1
+        if taken & {(row + i, column + j) for i in range(span) for j in range(span)}:
+            return None
+        cells.append((row, column))
+        taken |= {(row + i, column + j) for i in range(-1, span + 1) for j in range(-1, span + 1)}
+    return cells
+
+
+def arrange(
+    rng: np.random.Generator, sizes: list[str], alike: bool, lattice: tuple[int, int] = (4, 4)
+) -> list[tuple[int, int]]:
     """Where objects of these sizes lie in an orderly scene, in reading order.
 
     One lies in the middle; two side by side or, where they differ, one above the other; three and four in the quarters.
+    Two that have no room one way lie the other.
     """
+    spans = [2 if size == "large" else 1 for size in sizes]
+    middles = [((lattice[0] - span) // 2, (lattice[1] - span) // 2) for span in spans]
     if len(sizes) == 1:
-        return [(1, 1)]
+        return middles
+    last_row, last_column = lattice[0] - spans[-1], lattice[1] - spans[-1]
     if len(sizes) > 2:
-        return [(0, 0), (0, 3), (3, 0), (3, 3)][: len(sizes)]
-    if alike or rng.random() < 0.5:
-        return [(1, 0), (1, 2 if sizes[1] == "large" else 3)]
-    return [(0, 1), (2 if sizes[1] == "large" else 3, 1)]
+        return [(0, 0), (0, last_column), (last_row, 0), (last_row, last_column)][: len(sizes)]
+    across, down = (cells > sum(spans) for cells in (lattice[1], lattice[0]))
+    if (alike or rng.random() < 0.5 or not down) and across:
+        return [(middles[0][0], 0), (middles[1][0], last_column)]
+    return [(0, middles[0][1]), (last_row, middles[1][1])]
 
 
 def _draw(rng: np.random.Generator, lattice: tuple[int, int], arrangement: str, families: tuple[float, ...]) -> Scene:
     while True:
         kinds, sizes = _draw_contents(rng, families)
-        if arrangement == "orderly":
+        if arrangement == "placed":
+            sizes = ["large" if rng.random() < _LARGE_SHARE[len(sizes)] else "small" for _ in sizes]
+            cells = place_by_name(rng, sizes, lattice)
+        elif arrangement == "orderly":
             # Objects alike lie next to each other in reading order; of two, either may be the large one.
             kinds = sorted(kinds, key=kinds.index)
             if len(kinds) == 2 and rng.random() < 0.5:
                 kinds, sizes = kinds[::-1], sizes[::-1]
-            cells = arrange(rng, sizes, alike=len(set(kinds)) == 1)
+            cells = arrange(rng, sizes, alike=len(set(kinds)) == 1, lattice=lattice)
         else:
             cells = place(rng, sizes, lattice)
         if cells is not None:

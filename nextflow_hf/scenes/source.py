@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from .captions import caption, describe
+from .captions import caption, caption_with_places, describe
 from .sampling import FAMILIES, sample_scene
-from .world import Scene, render
+from .world import Scene, lattice_for, render
 
 QUESTION = "describe the picture"
 
@@ -17,7 +17,7 @@ class SceneSource:
         num_pictures: How many.
         seed: Different seeds give different scenes.
         split: Which combinations may appear.
-        arrangement: "orderly" or "free"; see `sample_scene`.
+        arrangement: "orderly", "placed" or "free"; see `sample_scene`.
         families: Shares of the kinds of scenes; see `sample_scene`.
     """
 
@@ -43,15 +43,20 @@ class SceneSource:
     def scene(self, index: int) -> Scene:
         """Facts of picture `index`."""
         rng = np.random.default_rng((self.seed, index))
-        return sample_scene(rng, self.split, arrangement=self.arrangement, families=self.families)
+        return sample_scene(rng, self.split, lattice_for(self.size(index)), self.arrangement, self.families)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) in pixels of picture `index`."""
+        return self.sizes[index % len(self.sizes)]
 
     def image(self, index: int) -> np.ndarray:
         """Picture `index`: uint8 `(height, width, 3)`."""
-        return render(self.scene(index), self.sizes[index % len(self.sizes)])
+        return render(self.scene(index), self.size(index))
 
     def prompt(self, index: int, rng: np.random.Generator) -> str:
         """Words that ask for picture `index`."""
-        return caption(self.scene(index), rng)
+        tell = caption_with_places if self.arrangement == "placed" else caption
+        return tell(self.scene(index), rng)
 
     def question(self, index: int, rng: np.random.Generator) -> tuple[str, str]:
         """A request to describe picture `index`, and its description."""
@@ -86,4 +91,4 @@ class SceneRecords:
         if self.task == "describe":
             return {**record, "question": QUESTION, "text": describe(scene)}
         rng = np.random.default_rng((self.source.seed, index, 1))
-        return {**record, "text": [caption(scene, rng) for _ in range(self.WORDINGS)]}
+        return {**record, "text": [self.source.prompt(index, rng) for _ in range(self.WORDINGS)]}

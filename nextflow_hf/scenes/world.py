@@ -4,6 +4,7 @@ A scene is a few objects on a plain background. Small objects sit in a cell of a
 corner of it and cover 2 x 2 cells, so that a picture holds few bits and a small model can learn to draw it exactly.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,6 +26,21 @@ BACKGROUNDS = {"white": (255, 255, 255), "gray": (128, 128, 128), "black": (0, 0
 SIZES = ("small", "large")
 # Diameter of an object in lattice cells.
 DIAMETERS = {"small": 0.9, "large": 1.8}
+# Name of a place -> how it is said.
+PLACES = {
+    "top left": "at the top left",
+    "top": "at the top",
+    "top right": "at the top right",
+    "left": "on the left",
+    "middle": "in the middle",
+    "right": "on the right",
+    "bottom left": "at the bottom left",
+    "bottom": "at the bottom",
+    "bottom right": "at the bottom right",
+}
+_SIDES = (("top", "", "bottom"), ("left", "", "right"))
+# A square picture's lattice has so many cells a side; others have about as many cells, about as square.
+_LATTICE_SIDE = 4
 _SUPERSAMPLE = 8
 
 
@@ -113,6 +129,29 @@ class Scene:
         """Inverse of `to_dict`."""
         objects = tuple(SceneObject(o["shape"], o["color"], o["size"], tuple(o["cell"])) for o in data["objects"])
         return cls(objects, data["background"], tuple(data["lattice"]))
+
+
+def lattice_for(size: tuple[int, int]) -> tuple[int, int]:
+    """Lattice (rows, columns) of a picture of `size` (height, width): 4 x 4 for a square, about 16 cells for any."""
+    ratio = math.sqrt(size[0] / size[1])
+    return max(1, round(_LATTICE_SIDE * ratio)), max(1, round(_LATTICE_SIDE / ratio))
+
+
+def named_cells(size: str, lattice: tuple[int, int]) -> dict[tuple[int, int], str]:
+    """Cells whose place has a name (a key of `PLACES`), for an object of a size, and the names.
+
+    Where a lattice is so small that a side and the middle are one place, the side names it.
+    """
+    span = 2 if size == "large" else 1
+    rows, columns = (
+        {(cells - span) // 2: middle, 0: first, cells - span: last}
+        for cells, (first, middle, last) in zip(lattice, _SIDES)
+    )
+    return {
+        (row, column): " ".join(word for word in (vertical, horizontal) if word) or "middle"
+        for row, vertical in rows.items()
+        for column, horizontal in columns.items()
+    }
 
 
 def relation(a: SceneObject, b: SceneObject) -> str | None:

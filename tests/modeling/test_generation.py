@@ -34,6 +34,21 @@ def exact_model(request):
     return small_model().to(request.param)
 
 
+def test_sampling_may_change_from_scale_to_scale():
+    sampling = ImageSampling(0.0, temperature=[1.0, 0.5, 0.0], top_k=7, top_p=[0.9])
+    assert [sampling.at(scale).temperature for scale in range(5)] == [1.0, 0.5, 0.0, 0.0, 0.0]
+    assert sampling.at(4) == ImageSampling(0.0, 0.0, 7, 0.9)
+    model = small_model()
+    first_alone = [draw(model, temperature=[1.0, 0.0], top_k=0, top_p=1.0, seed=seed) for seed in (1, 2)]
+    greedy = draw(model, temperature=0.0, seed=1)
+    for row in range(4):
+        firsts = [int(own.codes[row][0]) for own in first_alone]
+        # What follows the first code is decided by it.
+        assert (firsts[0] == firsts[1]) == torch.equal(first_alone[0].codes[row], first_alone[1].codes[row])
+        assert torch.equal(first_alone[0].codes[row], greedy.codes[row]) or firsts[0] != int(greedy.codes[row][0])
+    assert any(not torch.equal(a, b) for a, b in zip(first_alone[0].codes, first_alone[1].codes))
+
+
 @pytest.mark.parametrize("guidance_scale", [0.0, 2.0])
 def test_static_dynamic_and_no_cache_agree(exact_model, guidance_scale):
     dynamic = draw(exact_model, guidance_scale=guidance_scale)

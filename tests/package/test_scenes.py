@@ -19,9 +19,11 @@ from nextflow_hf.scenes import (
     SceneSource,
     calibrate,
     caption,
+    caption_with_places,
     describe,
     facts_match,
     is_complete,
+    lattice_for,
     make_prompts,
     parse,
     relation,
@@ -30,7 +32,8 @@ from nextflow_hf.scenes import (
     scene_for,
 )
 from nextflow_hf.scenes.prompts import keys_in
-from nextflow_hf.scenes.sampling import keys_of, split_of
+from nextflow_hf.scenes.sampling import ARRANGEMENTS, keys_of, split_of
+from nextflow_hf.scenes.world import named_cells
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +87,46 @@ def test_captions_are_true_and_can_be_read_back(scenes):
         assert facts is not None and facts_match(facts, scene)
 
 
+def test_a_place_in_a_caption_decides_where_an_object_lies():
+    rng = np.random.default_rng(2)
+    for _ in range(500):
+        scene = sample_scene(rng, arrangement="placed")
+        facts = parse(caption_with_places(scene, rng))
+        assert facts is not None and all(group.place for group in facts.groups) and facts_match(facts, scene)
+        assert facts_match(facts, Referee().look(render(scene)))
+    star = Group(1, "star", place="top left")
+    assert facts_match(Facts((star,)), Scene((SceneObject("star", "red", "small", (0, 0)),)))
+    assert not facts_match(Facts((star,)), Scene((SceneObject("star", "red", "small", (0, 3)),)))
+    assert not facts_match(Facts((star,)), Scene((SceneObject("star", "red", "small", (0, 2)),)))
+    with pytest.raises(ValueError, match="no name"):
+        caption_with_places(Scene((SceneObject("star", "red", "small", (0, 2)),)), rng)
+
+
+def test_every_place_has_a_cell_of_its_own():
+    assert sorted(named_cells("small", (4, 4)).values()) == sorted(named_cells("large", (4, 4)).values())
+    assert len(set(named_cells("small", (3, 5)).values())) == 9
+    # Two rows are left for a large object in three.
+    assert set(named_cells("large", (3, 5)).values()) == {
+        f"{vertical}{horizontal}" for vertical in ("top", "bottom") for horizontal in (" left", "", " right")
+    }
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80), (80, 48), (64, 128)])
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_scenes_of_any_aspect_ratio_are_told_and_read_back(size, arrangement):
+    source = SceneSource(size, 40, seed=3, arrangement=arrangement)
+    referee = Referee(lattice_for(size))
+    for index in range(len(source)):
+        facts = parse(source.prompt(index, np.random.default_rng(index)))
+        assert facts is not None and facts_match(facts, source.scene(index))
+        assert referee.judge(source.image(index), facts).passed
+        if arrangement != "orderly":
+            continue
+        cells = [cell for own in source.scene(index).objects for cell in own.cells]
+        near = {(row + i, column + j) for row, column in cells for i in (-1, 0, 1) for j in (-1, 0, 1)}
+        assert len(cells) == len(set(cells)) and len(near) > len(cells)
+
+
 def test_descriptions_are_complete(scenes):
     for scene in scenes:
         facts = parse(describe(scene))
@@ -100,6 +143,10 @@ def test_descriptions_are_complete(scenes):
             "a red circle to the left of a blue square",
             Facts((Group(1, "circle", "red"), Group(1, "square", "blue")), "left of"),
         ),
+        (
+            "a star at the top left and a red circle on the right on a gray background",
+            Facts((Group(1, "star", place="top left"), Group(1, "circle", "red", place="right")), None, "gray"),
+        ),
         ("a cross under a star.", Facts((Group(1, "cross"), Group(1, "star")), "below")),
     ],
 )
@@ -108,7 +155,18 @@ def test_parse(text, facts):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a dog", "red", "a red", "two red circle square", "a circle left of two stars", "seven stars"]
+    "text",
+    [
+        "",
+        "a dog",
+        "two stars at the top",
+        "a star at the side",
+        "red",
+        "a red",
+        "two red circle square",
+        "a circle left of two stars",
+        "seven stars",
+    ],
 )
 def test_parse_refuses_what_is_no_caption(text):
     assert parse(text) is None
@@ -262,7 +320,8 @@ def test_the_referee_refuses_what_is_no_picture(bad):
         (lambda: sample_scene(np.random.default_rng(0), "train", (2, 2)), "lattice"),
         (lambda: sample_scene(np.random.default_rng(0), arrangement="tidy"), "arrangement"),
         (lambda: sample_scene(np.random.default_rng(0), families=(0.5, 0.5)), "four shares"),
-        (lambda: sample_scene(np.random.default_rng(0), lattice=(3, 3), arrangement="orderly"), "4 x 4"),
+        (lambda: Group(1, "star", place="behind"), "place"),
+        (lambda: Group(2, "star", place="top"), "one object"),
         (lambda: make_prompts("style"), "category"),
     ],
 )
