@@ -22,7 +22,7 @@ from .training.stage_trainer import save_whole
 MAX_BYTES = 40 * 10**6
 
 
-def bundle(runs: Path, target: Path = Path(MINI), decoder: str = "diverse", **evaluation) -> dict:
+def bundle(runs: Path, target: Path = Path(MINI), decoder: str = "placed", **evaluation) -> dict:
     """Join decoder, tokenizer, processor, logs, scores and card in one folder.
 
     Args:

@@ -15,15 +15,17 @@ authors have published neither code nor weights. It is **not** a NextFlow checkp
 ## What it can and cannot do
 
 It knows one small world, *scenes*: one to four circles, squares, triangles, crosses, diamonds and stars, in eight
-colours and two sizes, on a plain white, gray or black background, at {size} pixels. In that world it can
-{abilities}. It knows nothing else: not photographs, not words in pictures, not free text, not editing. Calls that need
-an ability or a picture size it was not trained for are refused with an error.
+colours and two sizes, at places that have names ("at the top left") or relative to each other ("left of"), on a plain
+white, gray or black background, in pictures of {sizes} pixels (height x width). In that world it can {abilities}. It
+knows nothing else: not photographs, not words in pictures, not free text, not editing. Calls that need an ability or a
+picture size it was not trained for are refused with an error.
 
 {table}
 
 Drawing is scored strictly: a picture counts only if a pixel-level referee finds exactly the objects asked for and
-nothing else. All prompts name combinations that training never saw; intervals come from resampling prompts. Every
-setting is in `evaluation.json`. Reproduce with
+nothing else. All prompts name combinations that training never saw; intervals come from resampling prompts. The first
+code of a picture is drawn at random, what follows from it is not ({sampling}): that is what a seed changes. Every setting
+is in `evaluation.json`. Reproduce with
 
 ```
 nextflow-hf evaluate scenes --checkpoint mini
@@ -37,6 +39,7 @@ from transformers import pipeline
 
 draw = pipeline("text-to-image", model=nextflow_hf.MINI)
 draw("a red circle to the left of a blue square", seed=7).save("picture.png")
+draw("a star at the top right", image_size=(48, 80)).save("wide.png")
 ```
 
 Without the package, where transformers and diffusers are installed: `AutoModelForMultimodalLM.from_pretrained(...,
@@ -85,7 +88,8 @@ def model_card(name: str, model, result: dict) -> ModelCard:
     abilities = [verbs.get(ability, ability) for ability in config.abilities or []]
     body = _BODY.format(
         name=name,
-        size="x".join(map(str, result["settings"]["image_size"])),
+        sizes=" or ".join("x".join(map(str, size)) for size in config.trained_image_sizes),
+        sampling=", ".join(f"`{setting}` {value}" for setting, value in result["settings"]["sampling"].items()),
         abilities=" and ".join(abilities),
         table=table(result),
         parameters=model.num_parameters() / 1e6,
