@@ -38,7 +38,7 @@ def main() -> None:
     start = args.output / "start"
     if not start.is_dir():
         model.save_pretrained(start)
-        processor.tokenizer.save_pretrained(start)
+        processor.save_pretrained(start)
         model.vq_model.save_pretrained(start / "vq")
     resolution = processor.image_processor.resolution
     kinds = {"draw": "text_to_image", **({"describe": "image_to_text"} if args.captions else {})}

@@ -14,10 +14,8 @@ from .inference import load
 from .model_card import model_card
 from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from .modeling.modeling_nextflow_vq import NextFlowVQModel
-from .processing.image_processing_base_nextflow import buckets_from_schedule
-from .processing.image_processing_pil_nextflow import NextFlowImageProcessorPil
-from .processing.processing_nextflow import NextFlowProcessor
 from .training.stage_trainer import save_whole
+from .training.train_decoder import processor_for
 
 MAX_BYTES = 40 * 10**6
 
@@ -42,14 +40,7 @@ def bundle(runs: Path, target: Path = Path(MINI), decoder: str = "placed", **eva
     model = NextFlowForConditionalGeneration.from_pretrained(runs / decoder / "final").eval()
     if (runs / "vq-decoder" / "final").is_dir():
         model.set_vq_model(NextFlowVQModel.from_pretrained(runs / "vq-decoder" / "final").eval())
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(runs / "tokenizer")
-    resolution = model.config.trained_image_sizes[0][0]
-    image_processor = NextFlowImageProcessorPil(
-        buckets=buckets_from_schedule(model.config.schedule),
-        resolution=resolution,
-        downsample=model.config.schedule.downsample,
-    )
-    processor = NextFlowProcessor(image_processor, tokenizer, context_image=model.config.context_image)
+    processor = processor_for(model.config, PreTrainedTokenizerFast.from_pretrained(runs / "tokenizer"))
     candidate = runs / "candidate"
 
     def save(folder: Path) -> None:

@@ -66,7 +66,7 @@ class DocumentReader:
         folder: Where relative paths of pictures start.
 
     Raises:
-        ValueError: If there is no such kind, or it has no such column.
+        ValueError: If there is no such kind, it has no such column, or the records lack one that it needs.
     """
 
     def __init__(self, records, kind: str, columns: dict[str, str] | None = None, folder: str | Path = "."):
@@ -79,6 +79,14 @@ class DocumentReader:
         self.records, self.kind = records, kind
         self.columns = {**{name: name for name in (*defaults, "id")}, **(columns or {})}
         self.folder = Path(folder)
+        # A stream may not know its columns.
+        found = getattr(records, "column_names", None) or list(self.columns.values())
+        missing = [own for name, own in self.columns.items() if name not in _OPTIONAL and own not in found]
+        if missing:
+            raise ValueError(
+                f"Datasets of kind {kind!r} need the columns {missing}, but this one has {found}. Add them, or name "
+                "others in `columns`."
+            )
 
     def __len__(self) -> int:
         return len(self.records)
@@ -259,6 +267,7 @@ def _of_messages(own: dict) -> tuple[list[dict], list]:
     return messages, list(own["images"] or ())
 
 
+_OPTIONAL = ("id", "question", "images")
 # Kind -> how a record's columns become messages and pictures, and the columns' default names.
 KINDS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "text": (_of_text, ("text",)),

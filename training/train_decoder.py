@@ -13,6 +13,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, TrainerCallb
 from ..modeling.configuration_nextflow import NextFlowConfig
 from ..modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling.modeling_nextflow_vq import NextFlowVQModel
+from ..processing.image_processing_base_nextflow import buckets_from_schedule
+from ..processing.image_processing_pil_nextflow import NextFlowImageProcessorPil
+from ..processing.processing_nextflow import NextFlowProcessor
 from .code_extraction import extract_codes
 from .coded_documents import CodedDocuments, MixedSequences
 from .data import PairSource, load_source
@@ -278,4 +281,17 @@ def _save(model, tokenizer, folder: Path) -> None:
     writes = all_processes().is_main_process
     model.save_pretrained(folder, is_main_process=writes)
     if writes:
-        tokenizer.save_pretrained(folder)
+        processor_for(model.config, tokenizer).save_pretrained(folder)
+
+
+def processor_for(config: NextFlowConfig, tokenizer: PreTrainedTokenizerFast) -> NextFlowProcessor:
+    """The processor of a checkpoint: pictures come at the level of the first size that it was trained for."""
+    schedule = config.schedule
+    sizes = config.trained_image_sizes
+    scales = schedule.level_for_size(*sizes[0]) if sizes else schedule.levels[0]
+    image_processor = NextFlowImageProcessorPil(
+        buckets=buckets_from_schedule(schedule),
+        resolution=schedule.sides[scales - 1] * schedule.downsample,
+        downsample=schedule.downsample,
+    )
+    return NextFlowProcessor(image_processor, tokenizer, context_image=config.context_image)
