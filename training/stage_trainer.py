@@ -1,18 +1,23 @@
 """What every stage shares: transformers' `Trainer`, an average of the weights, resumption, whole files."""
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .processes import all_processes
 from .recipe import Recipe
+from .sharding import gathered, is_sharded, make_whole, own_part, part_of
+from .zero import check_zero, zero_arguments
 
 _EMA_FILE = "ema.safetensors"
 
@@ -31,22 +36,26 @@ class EmaCallback(TrainerCallback):
         self.average: dict[str, torch.Tensor] = {}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.average = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.average = {name: own_part(p).detach().clone() for name, p in trained.items()}
         saved = Path(self.resume_from or "") / _EMA_FILE
         if self.resume_from and saved.is_file():
             # By name: a file does not keep the order in which the weights are averaged.
             average = load_file(saved)
-            self.average = {name: _placed_as(own, average[name]) for name, own in self.average.items()}
+            self.average = {name: part_of(average[name], p) for name, p in trained.items()}
 
     @torch.no_grad()
     def on_step_end(self, args, state, control, model=None, **kwargs):
         decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
-        own = [p for p in model.parameters() if p.requires_grad]
+        own = [own_part(p) for p in model.parameters() if p.requires_grad]
         torch._foreach_lerp_(list(self.average.values()), own, 1 - decay)
 
-    def on_save(self, args, state, control, **kwargs):
-        # Sharded weights are gathered from all processes, and written by one.
-        average = {name: _whole(own).contiguous() for name, own in self.average.items()}
+    def on_save(self, args, state, control, model=None, **kwargs):
+        # Sharded weights are gathered from all processes, and written by one, when all have written what they hold:
+        # a checkpoint with this file is whole.
+        parameters = dict(model.named_parameters())
+        average = {name: gathered(own, parameters[name]).contiguous() for name, own in self.average.items()}
+        all_processes().wait_for_everyone()
         if args.should_save:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             save_file(average, folder / f"{_EMA_FILE}.tmp")
@@ -57,19 +66,7 @@ class EmaCallback(TrainerCallback):
         """Put the average in place of the weights."""
         for name, parameter in model.named_parameters():
             if name in self.average:
-                parameter.copy_(self.average[name])
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that is sharded over processes (FSDP2) as each of them would have it alone; others as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _placed_as(like: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, sharded as another is."""
-    if isinstance(like, DTensor):
-        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-    return tensor
+                own_part(parameter).copy_(self.average[name])
 
 
 class FiniteCallback(TrainerCallback):
@@ -77,9 +74,35 @@ class FiniteCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        norm = _whole(torch.nn.utils.get_total_norm(gradients))
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = gathered(norm, norm)
         if not torch.isfinite(norm):
             raise NonFiniteError(f"The gradient of step {state.global_step + 1} has the norm {norm.item()}")
+
+
+class PictureCallback(TrainerCallback):
+    """A callback whose pictures go where the numbers of its run go: to TensorBoard, W&B and trackio.
+
+    Attributes:
+        reporters: The run's callbacks; `run_stage` sets them.
+    """
+
+    reporters: Sequence[TrainerCallback] = ()
+
+    def report(self, name: str, picture: np.ndarray, step: int) -> None:
+        """Hand out an uint8 picture `(height, width, 3)`."""
+        for reporter in self.reporters:
+            if isinstance(reporter, TensorBoardCallback) and reporter.tb_writer is not None:
+                reporter.tb_writer.add_image(name, picture, step, dataformats="HWC")
+            elif isinstance(reporter, WandbCallback):
+                import wandb
+
+                if wandb.run is not None:
+                    wandb.log({name: wandb.Image(picture), "train/global_step": step})
+            elif isinstance(reporter, TrackioCallback):
+                import trackio
+
+                trackio.log({name: trackio.Image(picture), "train/global_step": step})
 
 
 class NonFiniteError(ArithmeticError):
@@ -119,6 +142,16 @@ class StageTrainer(Trainer):
                     self.terms.setdefault(f"scale_{scale + 1}_loss", []).append(own)
         return (output.loss, output) if return_outputs else output.loss
 
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+            # DeepSpeed steps within the backward pass, and keeps no gradients; where their norm is not finite, it
+            # leaves the weights as they are.
+            norm = self.deepspeed.get_global_grad_norm()
+            if norm is not None and not 0 <= norm < math.inf:
+                raise NonFiniteError(f"The gradient of step {self.state.global_step + 1} has the norm {norm}")
+        return loss
+
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
             means = {name: torch.stack(values).nanmean().item() for name, values in self.terms.items()}
@@ -138,7 +171,9 @@ def run_stage(
     """Train `model`, resuming from the newest checkpoint in the recipe's folder, and return it with averaged weights.
 
     Raises:
-        ValueError: If the folder cannot be written, or has no room for the checkpoints.
+        ValueError: If the folder cannot be written, or has no room for the checkpoints; if there is no such DeepSpeed
+            configuration, no launcher has started the process, or the weights could not be averaged.
+        ImportError: If the recipe asks for DeepSpeed, and it is not installed.
         NonFiniteError: If a loss or gradient is NaN or infinite; the ids of the step's records are then in
             `nonfinite.json`, and the weights of the last checkpoint are good.
     """
@@ -155,10 +190,12 @@ def run_stage(
         "use_cpu": not torch.accelerator.is_available(),
         # Every rank reads a stream itself and takes its turns: rows of unequal length cannot be cut from one batch.
         "accelerator_config": {"dispatch_batches": False},
-        **recipe.trainer,
+        **zero_arguments(recipe.trainer),
     }
     last = last_checkpoint(folder)
     if "fsdp_size" in recipe.stage_args:
+        if "deepspeed" in arguments:
+            raise ValueError("A run is sharded by `fsdp_size` or by `deepspeed`, not by both.")
         # Of a model that was sharded on loading, transformers saves no optimizer.
         arguments["save_only_model"] = True
         if last is not None:
@@ -177,9 +214,16 @@ def run_stage(
         loss_function=loss_function,
         callbacks=[ema, FiniteCallback(), *callbacks],
     )
+    for callback in callbacks:
+        if isinstance(callback, PictureCallback):
+            callback.reporters = trainer.callback_handler.callbacks
+    if trainer.is_deepspeed_enabled:
+        check_zero(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
     if last is not None and _step_of(last) >= args.max_steps > 0:
         # Killed between its last checkpoint and its result: the weights are there.
-        trainer._load_from_checkpoint(last)
+        if not trainer.is_fsdp_enabled:
+            # Sharded ones are for a model that is sharded; the average has all that was trained.
+            trainer._load_from_checkpoint(last)
         ema.on_train_begin(args, trainer.state, trainer.control, model=model)
         shutil.copyfile(Path(last) / "trainer_state.json", folder / "trainer_state.json")
     else:
@@ -195,6 +239,13 @@ def run_stage(
         if args.should_save:
             trainer.state.save_to_json(str(folder / "trainer_state.json"))
     ema.copy_to(model)
+    if trainer.is_deepspeed_enabled:
+        if trainer.deepspeed is not None:
+            trainer.deepspeed.destroy()
+        # Else the models of the stages that follow in this process would be loaded in parts.
+        unset_hf_deepspeed_config()
+    if is_sharded(model):
+        make_whole(model)
     return model.eval()
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
-from transformers import GenerationConfig, PreTrainedTokenizerFast, TrainerCallback
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from ..modeling.configuration_nextflow import NextFlowConfig
 from ..modeling.modeling_nextflow import NextFlowForConditionalGeneration
@@ -23,7 +23,8 @@ from .packing import PackedSequences, SequenceCost, collate_packed, tokens_of
 from .processes import all_processes
 from .recipe import Recipe
 from .sequences import SequenceBuilder
-from .stage_trainer import run_stage, save_whole
+from .sharding import is_sharded
+from .stage_trainer import PictureCallback, run_stage, save_whole
 
 
 class DrawAndReadDataset(Dataset):
@@ -65,8 +66,8 @@ class DrawAndReadDataset(Dataset):
         return self.builder.draw(prompt, codes, self.grids)
 
 
-class SampleGridCallback(TrainerCallback):
-    """Draws the same prompts every so many steps and keeps the contact sheet as a PNG.
+class SampleGridCallback(PictureCallback):
+    """Draws the same prompts every so many steps; the contact sheet is kept as a PNG, and goes into the run's log.
 
     Args:
         builder: Tokenizes as training does.
@@ -81,11 +82,23 @@ class SampleGridCallback(TrainerCallback):
     ):
         self.builder, self.prompts, self.image_size, self.every, self.rows = builder, prompts, image_size, every, rows
 
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.every and is_sharded(model):
+            raise ValueError(
+                "Samples are drawn by one process, and the weights of this run are spread over several. Leave "
+                "`sample_every` out, and draw with its checkpoints."
+            )
+
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if self.every and state.global_step % self.every == 0 and state.is_world_process_zero:
-            self.draw(model, Path(args.output_dir) / "samples" / f"step-{state.global_step:06d}.png")
+            sheet = self.draw(model)
+            path = Path(args.output_dir) / "samples" / f"step-{state.global_step:06d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(sheet).save(path)
+            self.report("samples", sheet, state.global_step)
 
-    def draw(self, model: NextFlowForConditionalGeneration, path: Path) -> None:
+    def draw(self, model: NextFlowForConditionalGeneration) -> np.ndarray:
+        """A uint8 sheet `(rows * height, prompts * width, 3)`."""
         training = model.training
         model.eval()
         texts = [f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n" for prompt in self.prompts]
@@ -100,8 +113,7 @@ class SampleGridCallback(TrainerCallback):
         model.train(training)
         images = torch.stack(output.images).unflatten(0, (self.rows, len(self.prompts)))
         sheet = images.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(((sheet + 1) * 127.5).round().byte().numpy()).save(path)
+        return ((sheet + 1) * 127.5).round().byte().numpy()
 
 
 def train_decoder(recipe: Recipe) -> None:
@@ -115,14 +127,15 @@ def train_decoder(recipe: Recipe) -> None:
     * how: `prefix_scales`, `prompt_dropout`, `attn_implementation`, `fsdp_size` (processes over which weights,
       gradients and the optimizer are sharded; goes on from a saved `decoder`);
     * what the checkpoint carries: `abilities`, `sampling` (its `image_*` generation settings);
-    * samples on the way: `sample_prompts`, `sample_every`, `image_size`;
+    * samples on the way: `sample_prompts`, `sample_every`, `image_size` (not where weights are sharded);
     * for `data`: `sequences` (how many, before they come again), `task_inversion`, and `packing` (`unit`: "tokens" or
       "flops", `capacity`, `max_tokens`, `window`);
     * for a `source`: `codes` (file of extracted codes), `read_share`, `epochs`.
 
     Raises:
         ValueError: If the recipe names neither `data` nor `source`, an unknown unit, a part that the model does not
-            have, or parts and `lora` at once, or if it would shard a decoder that is not saved.
+            have, or parts and `lora` at once, or if it would shard a decoder that is not saved, or draw samples with
+            one that is sharded.
     """
     stage = recipe.stage_args
     if bool(recipe.data) == bool(recipe.source):
@@ -173,9 +186,7 @@ def train_decoder(recipe: Recipe) -> None:
         **{f"image_{name}": value for name, value in stage.get("sampling", {}).items()},
     )
     samples = SampleGridCallback(builder, stage.get("sample_prompts", []), image_size, stage.get("sample_every", 0))
-    # Drawing needs whole weights; under FSDP, draw with a checkpoint.
-    callbacks = [] if "fsdp_size" in stage else [samples]
-    model = run_stage(recipe, model, dataset, collate, lambda model, batch: model(**batch), callbacks)
+    model = run_stage(recipe, model, dataset, collate, lambda model, batch: model(**batch), [samples])
 
     # 4. The result says what it can do.
     model.config.abilities = stage.get("abilities")

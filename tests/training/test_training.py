@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 from pathlib import Path
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from dots import SQUARE, Dots, codes_of
+from PIL import Image
 from safetensors.torch import load_file
 from small_models import small_config, small_model
 from transformers import TrainingArguments
@@ -24,6 +26,7 @@ from nextflow_hf.training.stage_trainer import NonFiniteError, check_writable, r
 from nextflow_hf.training.stages import STAGES, run_recipe
 from nextflow_hf.training.train_decoder import DrawAndReadDataset
 from nextflow_hf.training.train_vq import _mean_losses, by_size
+from nextflow_hf.training.zero import CONFIGS, check_zero, zero_arguments
 
 # ---- sequences -------------------------------------------------------------------------------------------------------
 
@@ -362,6 +365,37 @@ def test_a_disk_without_room_is_an_error_before_the_first_step(tmp_path):
         check_writable(tmp_path, bytes_needed=10**18)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"bf16": {"enabled": True}}, "rounds the weights"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload the optimizer"),
+        ({"zero_optimization": {"stage": 3}}, "saves whole weights"),
+    ],
+)
+def test_refuses_a_deepspeed_configuration_that_spoils_the_result(config, message):
+    with pytest.raises(ValueError, match=message):
+        check_zero(config)
+
+
+def test_bundled_deepspeed_configurations(monkeypatch):
+    monkeypatch.setattr("nextflow_hf.training.zero.is_deepspeed_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for path in CONFIGS.glob("*.json"):
+        config = zero_arguments({"deepspeed": path.stem, "bf16": True})["deepspeed"]
+        check_zero(config)
+        # The weights stay in float32.
+        assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"} and "bf16" not in config
+    with pytest.raises(ValueError, match="has \\['zero2', 'zero3'\\]"):
+        zero_arguments({"deepspeed": "zero4"})
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(ValueError, match="torchrun"):
+        zero_arguments({"deepspeed": "zero2"})
+    monkeypatch.setattr("nextflow_hf.training.zero.is_deepspeed_available", lambda: False)
+    with pytest.raises(ImportError, match="pip install"):
+        zero_arguments({"deepspeed": "zero2"})
+
+
 @pytest.fixture
 def train_on_codes(tmp_path, tokenizer):
     """Extract two datasets; the function trains a one-layer decoder on them and returns the result's folder."""
@@ -379,7 +413,7 @@ def train_on_codes(tmp_path, tokenizer):
         )
     )
 
-    def train(name, max_steps, decoder=None, **stage_args):
+    def train(name, max_steps, decoder=None, trainer=(), **stage_args):
         start = {"decoder": str(tmp_path / decoder / "final")} if decoder else {}
         recipe = Recipe(
             stage="decoder",
@@ -399,6 +433,7 @@ def train_on_codes(tmp_path, tokenizer):
                 "save_steps": 2,
                 "logging_steps": 1,
                 "disable_tqdm": True,
+                **dict(trainer),
             },
         )
         run_recipe(recipe)
@@ -426,6 +461,25 @@ def test_the_decoder_trains_on_packed_documents_of_extracted_datasets(train_on_c
     # A recipe's own shape loads as it was trained, and knows what sizes it has seen.
     config = NextFlowForConditionalGeneration.from_pretrained(folder / "final").config
     assert config.text_config.num_hidden_layers == 1 and config.trained_image_sizes == [[32, 32]]
+
+
+def test_losses_of_the_scales_and_sample_sheets_are_in_tensorboard(train_on_codes):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    samples = {"sample_prompts": ["dot 1", "dot 2"], "sample_every": 2}
+    folder = train_on_codes("run", 2, trainer={"report_to": ["tensorboard"]}, **samples)
+    (events,) = folder.glob("runs/*/events.*")
+    log = EventAccumulator(str(events)).Reload()
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    for name in ("loss", "text_loss", "image_loss", *(f"scale_{scale}_loss" for scale in (1, 2, 3, 4))):
+        expected = [(entry["step"], pytest.approx(entry[name])) for entry in history if name in entry]
+        assert expected and [(own.step, own.value) for own in log.Scalars(f"train/{name}")] == expected
+    (sheet,) = log.Images("samples")
+    # Four rows of two pictures.
+    assert (sheet.step, sheet.height, sheet.width) == (2, 4 * 32, 2 * 32)
+    logged, kept = Image.open(io.BytesIO(sheet.encoded_image_string)), Image.open(folder / "samples/step-000002.png")
+    assert np.array_equal(np.asarray(logged), np.asarray(kept))
 
 
 def test_alignment_moves_the_connector_and_the_head_alone(train_on_codes):
