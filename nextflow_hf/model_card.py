@@ -23,9 +23,9 @@ picture size it was not trained for are refused with an error.
 {table}
 
 Drawing is scored strictly: a picture counts only if a pixel-level referee finds exactly the objects asked for and
-nothing else. All prompts name combinations that training never saw; intervals come from resampling prompts. The first
-code of a picture is drawn at random, what follows from it is not ({sampling}): that is what a seed changes. Every setting
-is in `evaluation.json`. Reproduce with
+nothing else. All prompts name combinations that training never saw; intervals come from resampling prompts. Sampling
+({sampling}) has one number for all scales, or one per scale: a seed changes the first code of a picture, and the rest
+follows from it. Every setting is in `evaluation.json`. Reproduce with
 
 ```
 nextflow-hf evaluate scenes --checkpoint mini

@@ -10,12 +10,13 @@ from dots import SQUARE, Dots, codes_of
 from PIL import Image
 from safetensors.torch import load_file
 from small_models import small_config, small_model
-from transformers import TrainingArguments
+from transformers import AutoProcessor, TrainingArguments
 
 import nextflow_hf
 from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from nextflow_hf.modeling.modeling_nextflow_vq import NextFlowVQModel
 from nextflow_hf.processing.image_processing_base_nextflow import buckets_from_schedule
+from nextflow_hf.processing.processing_nextflow import NextFlowProcessor
 from nextflow_hf.training.code_extraction import extract_codes
 from nextflow_hf.training.coded_documents import CodedDocuments, MixedSequences
 from nextflow_hf.training.data import import_class, load_source, to_pixels
@@ -461,6 +462,27 @@ def test_the_decoder_trains_on_packed_documents_of_extracted_datasets(train_on_c
     # A recipe's own shape loads as it was trained, and knows what sizes it has seen.
     config = NextFlowForConditionalGeneration.from_pretrained(folder / "final").config
     assert config.text_config.num_hidden_layers == 1 and config.trained_image_sizes == [[32, 32]]
+    # It is a whole checkpoint, with the processor that fits it.
+    processor = AutoProcessor.from_pretrained(folder / "final")
+    assert isinstance(processor, NextFlowProcessor) and processor.image_processor.resolution == 32
+
+
+def test_the_size_of_the_recipe_comes_first(train_on_codes, monkeypatch):
+    sizes = [[16, 48], [32, 32], [48, 16]]
+    monkeypatch.setattr(
+        "nextflow_hf.training.train_decoder.CodedDocuments",
+        lambda *args: WithSizes(*args, sizes=sizes),
+    )
+    config = NextFlowForConditionalGeneration.from_pretrained(train_on_codes("sizes", 1) / "final").config
+    assert config.trained_image_sizes == [[32, 32], [16, 48], [48, 16]]
+
+
+class WithSizes(CodedDocuments):
+    """Extracted documents whose manifest tells of these picture sizes."""
+
+    def __init__(self, *args, sizes):
+        super().__init__(*args)
+        self.manifest["image_sizes"] = sizes
 
 
 def test_losses_of_the_scales_and_sample_sheets_are_in_tensorboard(train_on_codes):
