@@ -1,7 +1,8 @@
 """Peak memory of the head's loss at the 7B's vocabulary and one 1024 px image, beyond what must be there anyway.
 
 The hidden states, the head's weight and the gradients of both are counted out; what is left is what the loss itself
-adds. Float32 on the CPU, by the process's peak resident memory, every way in a process of its own.
+adds. On the CPU, by the process's peak resident memory, every way in a process of its own: in float32, and under
+bfloat16 autocast with float32 weights as the recipes train.
 
     python benchmarks/loss_memory.py
 """
@@ -22,6 +23,9 @@ from torch import nn
 from nextflow_hf.modeling.chunked_cross_entropy import chunked_cross_entropy
 
 
+WAYS = ("chunked", "chunked, autocast", "plain")
+
+
 def peak_bytes() -> int:
     """Peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -40,7 +44,8 @@ def measure(way: str, rows: int, width: int, vocabulary: int) -> dict:
     if way == "plain":
         losses = F.cross_entropy(head(hidden), labels, reduction="none")
     else:
-        losses = chunked_cross_entropy(head, hidden, labels)
+        with torch.autocast("cpu", torch.bfloat16, enabled=way == "chunked, autocast"):
+            losses = chunked_cross_entropy(head, hidden, labels)
     losses.mean().backward()
     return {"added_bytes": peak_bytes() - before, "seconds": round(time.perf_counter() - start, 1)}
 
@@ -53,14 +58,15 @@ def main() -> None:
     parser.add_argument("--plain-rows", type=int, default=1000, help="rows of the plain loss, which needs far more")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS / "loss_memory.json")
-    parser.add_argument("--way", choices=["plain", "chunked"], help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.way is not None:
         print(json.dumps(measure(args.way, args.rows, args.width, args.vocabulary)))
         return
     results = {}
-    for way, rows in (("chunked", args.rows), ("plain", args.plain_rows)):
+    for way in WAYS:
+        rows = args.plain_rows if way == "plain" else args.rows
         command = [sys.executable, __file__, "--way", way, "--rows", str(rows), "--width", str(args.width)]
         command += ["--vocabulary", str(args.vocabulary), "--threads", str(args.threads)]
         out = subprocess.run(command, check=True, capture_output=True, text=True).stdout

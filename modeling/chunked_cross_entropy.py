@@ -2,7 +2,8 @@
 
 At 184,832 entries and 10,084 slots, one image's logits alone are 7.5 GB in float32. Here a chunk of rows is scored at a
 time, in the forward pass for the losses and once more in the backward pass for the gradients, which go straight into
-one buffer for the head's weight.
+one buffer for the head's weight. Under autocast the products are taken in its type, and a weight of another type is
+cast block by block, never whole.
 """
 
 import torch
@@ -13,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 # Logits held at a time: 256 MiB in float32.
 CHUNK_ELEMENTS = 2**26
+# Rows of the weight that are cast at a time.
+CAST_ROWS = 2**14
 
 
 def chunked_cross_entropy(head: nn.Module, hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
@@ -20,7 +23,7 @@ def chunked_cross_entropy(head: nn.Module, hidden_states: torch.Tensor, labels: 
 
     Args:
         head: The head, `(rows, hidden_size)` -> `(rows, vocab_size)`. A plain linear layer takes the lean path; one
-            that is wrapped, sharded, offloaded or under autocast is called as a module, chunk by chunk.
+            that is wrapped, sharded or offloaded is called as a module, chunk by chunk.
         hidden_states: `(rows, hidden_size)`.
         labels: `(rows,)`, each an entry of the vocabulary.
 
@@ -28,7 +31,12 @@ def chunked_cross_entropy(head: nn.Module, hidden_states: torch.Tensor, labels: 
         float32 `(rows,)` (float64 for float64 inputs).
     """
     if _is_plain(head, hidden_states):
-        return _LinearCrossEntropy.apply(hidden_states, head.weight, labels)
+        kind = hidden_states.device.type
+        if torch.is_autocast_enabled(kind):
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(kind))
+        if hidden_states.dtype in (head.weight.dtype, torch.bfloat16, torch.float16):
+            with torch.autocast(kind, enabled=False):
+                return _LinearCrossEntropy.apply(hidden_states, head.weight, labels)
 
     def of_chunk(rows, targets):
         return _losses(head(rows), targets)
@@ -47,8 +55,6 @@ def _is_plain(head: nn.Module, hidden_states: torch.Tensor) -> bool:
         and type(head.weight) in (nn.Parameter, torch.Tensor)
         and not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
         and head.weight.device == hidden_states.device
-        and head.weight.dtype == hidden_states.dtype
-        and not torch.is_autocast_enabled(hidden_states.device.type)
     )
 
 
@@ -60,13 +66,24 @@ def _widen(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def _blocks(weight: torch.Tensor, dtype: torch.dtype):
+    """The weight in `dtype` as (first row, rows): all at once where it has that type, else cast a block at a time."""
+    size = len(weight) if weight.dtype == dtype else CAST_ROWS
+    return ((first, weight[first : first + size].to(dtype)) for first in range(0, len(weight), size))
+
+
+def _logits(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    parts = [_widen(rows @ block.T) for _, block in _blocks(weight, rows.dtype)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, weight, labels):
         ctx.rows = max(1, CHUNK_ELEMENTS // len(weight))
         losses, normalizers = [], []
         for rows, targets in zip(hidden_states.split(ctx.rows), labels.split(ctx.rows)):
-            logits = _widen(rows @ weight.T)
+            logits = _logits(rows, weight)
             normalizers.append(logits.logsumexp(dim=1))
             losses.append(normalizers[-1] - logits.gather(1, targets[:, None])[:, 0])
         if not losses:
@@ -85,11 +102,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for first in range(0, len(labels), ctx.rows):
             chosen = slice(first, first + ctx.rows)
             rows, targets = hidden_states[chosen], labels[chosen]
-            grad_logits = _widen(rows @ weight.T).sub_(normalizers[chosen, None]).exp_()
+            grad_logits = _logits(rows, weight).sub_(normalizers[chosen, None]).exp_()
             grad_logits[torch.arange(len(targets), device=targets.device), targets] -= 1
-            grad_logits = grad_logits.mul_(grad_losses[chosen, None]).to(weight.dtype)
+            grad_logits = grad_logits.mul_(grad_losses[chosen, None]).to(rows.dtype)
+            grad_rows = 0
+            for first, block in _blocks(weight, rows.dtype):
+                own = grad_logits[:, first : first + len(block)]
+                if grad_hidden is not None:
+                    grad_rows = grad_rows + own @ block
+                if grad_weight is None:
+                    continue
+                if weight.dtype == rows.dtype:
+                    grad_weight[first : first + len(block)].addmm_(own.T, rows)
+                else:
+                    grad_weight[first : first + len(block)] += own.T @ rows
             if grad_hidden is not None:
-                grad_hidden[chosen] = grad_logits @ weight
-            if grad_weight is not None:
-                grad_weight.addmm_(grad_logits.T, rows)
+                grad_hidden[chosen] = grad_rows
         return grad_hidden, grad_weight, None

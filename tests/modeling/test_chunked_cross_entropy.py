@@ -65,6 +65,32 @@ def test_a_frozen_head_and_bfloat16():
     torch.testing.assert_close(mixed, chunked_cross_entropy(head, rows.detach(), torch.arange(5)), atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32_weight", "bfloat16_weight"])
+def test_under_autocast_it_is_lean_and_equals_the_plain_loss(monkeypatch, dtype):
+    """Products in bfloat16, losses in float32, gradients in the weights' type; the weight is cast a block at a time."""
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 7 * 50)
+    monkeypatch.setattr(module, "CAST_ROWS", 16)
+    torch.manual_seed(0)
+    head = nn.Linear(16, 50, bias=False, dtype=dtype)
+    rows, labels = torch.randn(31, 16, requires_grad=True), torch.randint(50, (31,))
+    called = []
+    head_forward = head.forward
+    results = []
+    for way in ("plain", "chunked"):
+        with torch.autocast("cpu", torch.bfloat16):
+            if way == "plain":
+                loss = F.cross_entropy(head(rows).float(), labels, reduction="none")
+            else:
+                monkeypatch.setattr(nn.Linear, "forward", lambda self, x: called.append(self) or head_forward(x))
+                loss = chunked_cross_entropy(head, rows, labels)
+        gradients = torch.autograd.grad(loss.sum(), (rows, head.weight))
+        assert loss.dtype == torch.float32 and gradients[1].dtype == dtype
+        results.append((loss.detach(), *gradients))
+    assert not called
+    for plain, chunked in zip(*results):
+        torch.testing.assert_close(plain, chunked, atol=2e-2, rtol=2e-2)
+
+
 def test_no_labels_give_no_loss():
     head = nn.Linear(16, 50, bias=False)
     rows = torch.zeros(0, 16, requires_grad=True)
