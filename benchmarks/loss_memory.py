@@ -22,7 +22,6 @@ from torch import nn
 
 from nextflow_hf.modeling.chunked_cross_entropy import chunked_cross_entropy
 
-
 WAYS = ("chunked", "chunked, autocast", "plain")
 
 
