@@ -84,7 +84,8 @@ the mean over seeds with half the width of its 95 % interval (Student's t over s
 the intervals do not separate is not known, and this size need not agree with 7 billion parameters.
 
 Runs, one by one, with machine and versions:
-[`benchmarks/results/ablations.json`](../benchmarks/results/ablations.json). A command that was killed goes on with the runs that are missing.
+[`benchmarks/results/ablations.json`](../benchmarks/results/ablations.json).
+A command that was killed goes on with the runs that are missing.
 """
 
 
