@@ -20,7 +20,7 @@ from .training.train_decoder import processor_for
 MAX_BYTES = 40 * 10**6
 
 
-def bundle(runs: Path, target: Path = Path(MINI), decoder: str = "clean", **evaluation) -> dict:
+def bundle(runs: Path, target: Path = Path(MINI), decoder: str = "polished", **evaluation) -> dict:
     """Join decoder, tokenizer, processor, logs, scores and card in one folder.
 
     Args:
