@@ -61,6 +61,8 @@ def bundle(runs: Path, target: Path = Path(MINI), decoder: str = "polished", **e
     # 2. Its scores, from the saved files.
     result = evaluate_scenes(str(candidate), **evaluation)
     result["settings"]["checkpoint"] = "mini"
+    # Beside the candidate whether it is taken or not.
+    (candidate / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     existing = target / "evaluation.json"
     if existing.is_file():
         before = json.loads(existing.read_text())["drawing"]["overall"]["score"]
@@ -70,7 +72,6 @@ def bundle(runs: Path, target: Path = Path(MINI), decoder: str = "polished", **e
             )
     loaded, _ = load(str(candidate))
     card = model_card("nextflow-mini", loaded, result)
-    (candidate / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     (candidate / "README.md").write_text(card.content)
 
     # 3. In place at once.
