@@ -137,13 +137,13 @@ def place(
             (row, column)
             for row in range(lattice[0] - span + 1)
             for column in range(lattice[1] - span + 1)
-            if not any((row + i, column + j) in taken for i in range(span) for j in range(span))
+            if not taken & _covered(row, column, span)
         ]
         if not free:
             return None
         row, column = free[rng.integers(len(free))]
         cells.append((row, column))
-        taken |= {(row + i, column + j) for i in range(-1, span + 1) for j in range(-1, span + 1)}
+        taken |= _covered(row, column, span, margin=1)
     return cells
 
 
@@ -157,11 +157,17 @@ def place_by_name(
         named = list(named_cells(size, lattice))
         row, column = named[rng.integers(len(named))]
         span = 2 if size == "large" else 1
-        if taken & {(row + i, column + j) for i in range(span) for j in range(span)}:
+        if taken & _covered(row, column, span):
             return None
         cells.append((row, column))
-        taken |= {(row + i, column + j) for i in range(-1, span + 1) for j in range(-1, span + 1)}
+        taken |= _covered(row, column, span, margin=1)
     return cells
+
+
+def _covered(row: int, column: int, span: int, margin: int = 0) -> set[tuple[int, int]]:
+    """Cells of an object that begins at (row, column), and those within `margin` of it."""
+    reach = range(-margin, span + margin)
+    return {(row + i, column + j) for i in reach for j in reach}
 
 
 def arrange(
