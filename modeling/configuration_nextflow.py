@@ -14,6 +14,7 @@ from .scale_schedule import (
     NEXTFLOW_LEVELS,
     NEXTFLOW_SIDES,
     ScaleSchedule,
+    read_blocks,
 )
 
 # Saving adds the class that is saved; these make the other Auto classes work as well.
@@ -23,6 +24,8 @@ _AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_nextflow.NextFlowForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_nextflow.NextFlowForConditionalGeneration",
 }
+# What an image that something follows shows to it.
+CONTEXT_IMAGES = ("scales", "scales+final", "final")
 ABILITIES = ("text", "image", "caption", "edit", "interleaved")
 
 
@@ -162,8 +165,9 @@ class NextFlowConfig(PreTrainedConfig):
             What a block of slots is fed: the previous scale's own codes (`"residual"`, NextFlow), or the running sum
             of all earlier scales (`"accumulated"`, TokenFlow and VAR).
         context_image (`str`, *optional*, defaults to `"scales"`):
-            What an image given as context shows to what follows: its coarse scales as in drawing (`"scales"`), or
-            these and one more block with the sum of all scales (`"scales+final"`).
+            What an image that something follows shows to it: its coarse scales as in drawing (`"scales"`); these and
+            one more block with the sum of all scales (`"scales+final"`); or that last block alone for an image that
+            is given, and after the scales of one that was drawn (`"final"`, a third to a half of the positions).
         scale_loss_alpha (`float`, *optional*, defaults to 0.0):
             Exponent of the scale weights 1 / (h * w)^alpha in the image loss (NextFlow Eq 2); 0.9 from 512 px on.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`): Whether the head shares the embedding table.
@@ -213,11 +217,24 @@ class NextFlowConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.visual_input not in ("residual", "accumulated"):
             raise ValueError(f'`visual_input` must be "residual" or "accumulated", got "{self.visual_input}".')
-        if self.context_image not in ("scales", "scales+final"):
-            raise ValueError(f'`context_image` must be "scales" or "scales+final", got "{self.context_image}".')
+        if self.context_image not in CONTEXT_IMAGES:
+            raise ValueError(f'`context_image` must be one of {CONTEXT_IMAGES}, got "{self.context_image}".')
+        if self.context_image == "final":
+            self._check_final_blocks()
         unknown = set(self.abilities or ()) - set(ABILITIES)
         if unknown:
             raise ValueError(f"`abilities` must be of {ABILITIES}, got {sorted(unknown)}.")
+
+    def _check_final_blocks(self) -> None:
+        """Placeholders must tell a picture's final block alone from its first scales."""
+        for level in self.schedule.levels:
+            for final_grid in self.schedule.buckets(level):
+                grids = self.schedule.grids(final_grid, level)
+                if read_blocks(final_grid[0] * final_grid[1], grids) != (1, True):
+                    raise ValueError(
+                        f'`context_image="final"` does not go with the scales {list(grids)}: as many slots as the '
+                        "final block has could be the first of them."
+                    )
 
     @property
     def schedule(self) -> ScaleSchedule:

@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .image_layout import block_positions, find_images, layout_sequences, read_grids
-from .scale_schedule import Grid
+from .scale_schedule import Grid, all_blocks
 
 GENERATION_MODES = ("text", "image", "interleaved")
 # The defaults of VAR-RL section 4.1, used where the checkpoint's generation config says nothing.
@@ -597,7 +597,9 @@ class NextScaleGenerationMixin(GenerationMixin):
                 drawn.append(picture.codes[0])
                 codes.append(picture.codes[0])
                 grids.append(picture.grids[0])
-                slots = sum(h * w for h, w in picture.grids[0][1:])
+                context = self.config.context_image
+                blocks = picture.grids[0][1:] if context == "scales" else all_blocks(picture.grids[0])
+                slots = sum(height * width for height, width in blocks)
                 closing = [self.config.image_token_id] * slots + [self.config.eoi_token_id]
                 ids = torch.cat([ids, ids.new_tensor([closing])], dim=1)
             output.segments.append(segments)

@@ -2,8 +2,9 @@
 
 An image is `<boi>`, then for every scale k = 2..K a block of h_k * w_k slots, then `<eoi>`. The hidden state at
 `<boi>` predicts the 1x1 scale, those of a block predict its scale. A sequence may stop after any whole block (a
-*prefix*: an unfinished drawing, or training on coarse scales alone), and may add one more block with the finest
-scale's own grid (`context_image="scales+final"`): the number of placeholders tells which.
+*prefix*: an unfinished drawing, or training on coarse scales alone), may add one more block with the finest scale's own
+grid, and an image that is only looked at may have that final block alone (`NextFlowConfig.context_image`): the number
+of placeholders tells which.
 
 Positions (NextFlow Eq 1): text at time t has (t, t, t); slot (i, j) of an h x w block k has
 (t_boi + k - 1, C / sqrt(h w) * (i + 1/2), C / sqrt(h w) * (j + 1/2)); `<eoi>` follows at t_boi + number of blocks + 1.
@@ -13,11 +14,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 
 from .configuration_nextflow import NextFlowConfig
-from .scale_schedule import Grid
+from .scale_schedule import Grid, all_blocks, read_blocks
 
 
 @dataclass(frozen=True)
@@ -29,17 +31,19 @@ class ImageSpan:
         start: Column of `<boi>`; the first slot of scale 2 follows it.
         grids: All scales of the picture.
         num_blocks: How many blocks of slots the sequence holds: K - 1 for a whole image, K with the final block.
+        final_only: Whether the only block is the final one, so that the sequence predicts no code of the picture.
     """
 
     row: int
     start: int
     grids: tuple[Grid, ...]
     num_blocks: int
+    final_only: bool = False
 
     @property
     def blocks(self) -> tuple[Grid, ...]:
         """Grids of the blocks in the sequence."""
-        return (*self.grids[1:], self.grids[-1])[: self.num_blocks]
+        return self.grids[-1:] if self.final_only else all_blocks(self.grids)[: self.num_blocks]
 
     @property
     def num_slots(self) -> int:
@@ -49,7 +53,7 @@ class ImageSpan:
     @property
     def num_predicted_scales(self) -> int:
         """Scales whose codes this sequence predicts, the 1x1 scale at `<boi>` included."""
-        return min(self.num_blocks + 1, len(self.grids))
+        return 0 if self.final_only else min(self.num_blocks + 1, len(self.grids))
 
     @property
     def num_codes(self) -> int:
@@ -109,16 +113,14 @@ def find_images(
     spans, total_slots = [], 0
     for (row, start), grids in zip(starts, image_grids):
         num_slots = int((run_ends[row, start + 1 :] == run_ends[row, start]).sum())
-        blocks = (*grids[1:], grids[-1]) if len(grids) > 1 else ()
-        cumulative = [0]
-        for height, width in blocks:
-            cumulative.append(cumulative[-1] + height * width)
-        if num_slots not in cumulative:
+        found = read_blocks(num_slots, grids)
+        if found is None:
+            whole = list(accumulate(height * width for height, width in all_blocks(grids)))
             raise ValueError(
                 f"Row {row} has {num_slots} image placeholders behind position {start}, which end within a scale of "
-                f"{list(grids)}: {cumulative[1:]} would end with one."
+                f"{list(grids)}: {whole} would end with one."
             )
-        spans.append(ImageSpan(row, start, grids, cumulative.index(num_slots)))
+        spans.append(ImageSpan(row, start, grids, *found))
         total_slots += num_slots
     if total_slots != int(is_slot.sum()):
         raise ValueError(

@@ -207,16 +207,20 @@ class NextFlowModel(NextFlowPreTrainedModel):
         """
         device = inputs_embeds.device
         rows, columns, scales, lengths, features = [], [], [], [], []
-        for (grids, num_blocks), members in _group(spans, lambda span: (span.grids, span.num_blocks)).items():
+        groups = _group(spans, lambda span: (span.grids, span.num_blocks, span.final_only))
+        for (grids, num_blocks, final_only), members in groups.items():
             for index in members:
                 span = spans[index]
                 rows.append(torch.full((span.num_slots + 1,), span.row))
                 columns.append(torch.arange(span.start, span.start + span.num_slots + 1))
-            scale_of_slot = [0, *(k for k, (h, w) in enumerate(spans[members[0]].blocks, 1) for _ in range(h * w))]
+            first = len(grids) if final_only else 1
+            blocks = enumerate(spans[members[0]].blocks, first)
+            scale_of_slot = [0, *(k for k, (h, w) in blocks for _ in range(h * w))]
             scales.append(torch.tensor(scale_of_slot).repeat(len(members)))
             lengths.append(torch.full((len(scale_of_slot) * len(members),), len(grids)))
             if num_blocks:
-                features.append(self._slot_features(image_codes[members], grids, num_blocks).flatten(0, 1))
+                own = self._slot_features(image_codes[members], grids, num_blocks, final_only)
+                features.append(own.flatten(0, 1))
         rows, columns = torch.cat(rows).to(device), torch.cat(columns).to(device)
         scales, lengths = torch.cat(scales).to(device), torch.cat(lengths).to(device)
         is_boi = scales == 0
@@ -241,18 +245,22 @@ class NextFlowModel(NextFlowPreTrainedModel):
         embeddings = self.scale_embedding(torch.full_like(num_scales, scale), num_scales)
         return self.connector(features) + embeddings[:, None]
 
-    def _slot_features(self, codes: torch.LongTensor, grids: tuple[Grid, ...], num_blocks: int) -> torch.Tensor:
+    def _slot_features(
+        self, codes: torch.LongTensor, grids: tuple[Grid, ...], num_blocks: int, final_only: bool
+    ) -> torch.Tensor:
         """Code features at all slots of images of one shape: `(images, slots, code_dim)`."""
-        needed = sum(h * w for h, w in grids[: min(num_blocks, len(grids))])
+        needed = sum(h * w for h, w in (grids if final_only else grids[:num_blocks]))
         if codes.shape[1] < needed:
             raise ValueError(f"The slots of {num_blocks} blocks need {needed} codes an image, got {codes.shape[1]}.")
         self.vq_model._check_codes(codes[:, :needed])
-        scales = self.vq_model.split_codes(codes[:, :needed], grids)
-        blocks = [
-            self.vq_model.scale_inputs(scales[:k], grids, self.config.visual_input)
-            for k in range(1, min(num_blocks, len(grids) - 1) + 1)
-        ]
-        if num_blocks == len(grids):
+        blocks = []
+        if not final_only:
+            scales = self.vq_model.split_codes(codes[:, :needed], grids)
+            blocks += [
+                self.vq_model.scale_inputs(scales[:k], grids, self.config.visual_input)
+                for k in range(1, min(num_blocks, len(grids) - 1) + 1)
+            ]
+        if final_only or num_blocks == len(grids):
             blocks.append(self.vq_model.sum_features(codes[:, :needed], grids).flatten(2).transpose(1, 2))
         return torch.cat(blocks, dim=1)
 
@@ -597,7 +605,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextScaleGenerat
 
     def _scale_weights(self, grids: tuple[Grid, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and scale index of each code of an image with these grids; the weights have mean 1."""
-        areas = torch.tensor([height * width for height, width in grids])
+        areas = torch.tensor([height * width for height, width in grids], dtype=torch.long)
         weights = areas.float() ** -self.config.scale_loss_alpha
         weights = weights * (areas.sum() / (areas * weights).sum())
         return weights.repeat_interleave(areas), torch.arange(len(grids)).repeat_interleave(areas)

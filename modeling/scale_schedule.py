@@ -163,3 +163,23 @@ class ScaleSchedule:
     def _check_size(height: int, width: int) -> None:
         if height < 1 or width < 1:
             raise ValueError(f"An image size must be positive, got {height}x{width}.")
+
+
+def all_blocks(grids: tuple[Grid, ...]) -> tuple[Grid, ...]:
+    """Grids of the blocks of a picture in a sequence: its scales from the second on, and the final block."""
+    return (*grids[1:], grids[-1]) if len(grids) > 1 else ()
+
+
+def read_blocks(num_slots: int, grids: tuple[Grid, ...]) -> tuple[int, bool] | None:
+    """How many of a picture's blocks these slots are, from the first on.
+
+    Returns:
+        Their number, and whether it is the final block alone instead; `None` if the slots end within a block.
+    """
+    cells = [height * width for height, width in all_blocks(grids)]
+    total = 0
+    for number, own in enumerate([0, *cells]):
+        total += own
+        if total == num_slots:
+            return number, False
+    return (1, True) if cells and num_slots == cells[-1] else None

@@ -10,6 +10,8 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 
 from .image_processing_base_nextflow import NextFlowImageProcessorKwargs
 
+# As in NextFlowConfig.
+_CONTEXT_IMAGES = ("scales", "scales+final", "final")
 # Qwen2.5's ChatML without a default system prompt. Every picture, drawn or given, stands between its own two tokens.
 CHAT_TEMPLATE = """\
 {%- macro render(content) -%}
@@ -55,15 +57,15 @@ class NextFlowProcessor(ProcessorMixin):
         image_processor ([`NextFlowImageProcessor`] or [`NextFlowImageProcessorPil`]): The image processor.
         tokenizer (`PreTrainedTokenizerBase`): A tokenizer with `image_token`, `boi_token` and `eoi_token`.
         chat_template (`str`, *optional*): Jinja template; ChatML by default.
-        context_image (`str`, *optional*, defaults to `"scales"`): As in [`NextFlowConfig`]; `"scales+final"` adds
-            placeholders for the block of final features.
+        context_image (`str`, *optional*, defaults to `"scales"`): As in [`NextFlowConfig`]: a picture gets
+            placeholders for its scales, for these and the block of final features, or for the latter alone.
     """
 
     valid_processor_kwargs = NextFlowProcessorKwargs
 
     def __init__(self, image_processor, tokenizer, chat_template=None, context_image: str = "scales", **kwargs):
-        if context_image not in ("scales", "scales+final"):
-            raise ValueError(f'`context_image` must be "scales" or "scales+final", got "{context_image}".')
+        if context_image not in _CONTEXT_IMAGES:
+            raise ValueError(f'`context_image` must be one of {_CONTEXT_IMAGES}, got "{context_image}".')
         self.image_token = tokenizer.image_token
         self.image_token_id = tokenizer.image_token_id
         self.context_image = context_image
@@ -111,7 +113,8 @@ class NextFlowProcessor(ProcessorMixin):
 
     def _num_slots(self, grids) -> int:
         cells = [int(height) * int(width) for height, width in grids if height]
-        return sum(cells[1:]) + (cells[-1] if self.context_image == "scales+final" else 0)
+        scales = 0 if self.context_image == "final" else sum(cells[1:])
+        return scales + (0 if self.context_image == "scales" else cells[-1])
 
     def apply_chat_template(self, conversation, chat_template=None, **kwargs):
         """As in transformers; refuses what would silently change or shorten the sequence.

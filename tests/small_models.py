@@ -6,7 +6,7 @@ from nextflow_hf.modeling.configuration_nextflow import NextFlowConfig
 from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
 
 
-def small_config(**overrides) -> NextFlowConfig:
+def small_config(levels: tuple[int, ...] = (2, 4), **overrides) -> NextFlowConfig:
     """A NextFlow of a few thousand parameters with every part of the real one."""
     vq_config = {
         "vision_config": {
@@ -29,7 +29,7 @@ def small_config(**overrides) -> NextFlowConfig:
         "norm_num_groups": 4,
         "semantic_decoder_layers": 1,
         "sides": [1, 2, 3, 4],
-        "levels": [2, 4],
+        "levels": list(levels),
         "final_grids": [[2, 6], [4, 4], [6, 2]],
     }
     text_config = {

@@ -32,7 +32,8 @@ class Document:
 
     Attributes:
         id: Name of the record, for logs.
-        messages: Turns with `role` and `content`, a list of {"type": "text", "text": ...} and {"type": "image"}.
+        messages: Turns with `role` and `content`, a list of {"type": "text", "text": ...} and {"type": "image"}; a turn
+            of the assistant whose `weight` is 0 is not learned.
         images: The pictures as 8-bit RGB, in the order of their places.
     """
 
@@ -42,13 +43,13 @@ class Document:
 
     @property
     def learned(self) -> list[bool]:
-        """Of each picture, whether it is learned (in an assistant's turn or outside turns) or only looked at."""
-        return [
-            turn["role"] in (None, "assistant")
-            for turn in self.messages
-            for part in turn["content"]
-            if part["type"] == "image"
-        ]
+        """Of each picture, whether it is learned or only looked at."""
+        return [is_learned(turn) for turn in self.messages for part in turn["content"] if part["type"] == "image"]
+
+
+def is_learned(turn: dict) -> bool:
+    """Whether there is loss on a turn: on an assistant's of any weight but 0, and on a document without turns."""
+    return turn["role"] in (None, "assistant") and turn.get("weight") != 0
 
 
 class BrokenRecordError(ValueError):
@@ -263,7 +264,8 @@ def _of_messages(own: dict) -> tuple[list[dict], list]:
         parts = [
             _IMAGE if part["type"] == "image" else {"type": part["type"], "text": part.get("text")} for part in parts
         ]
-        messages.append({"role": turn["role"], "content": parts})
+        weight = {} if turn.get("weight") is None else {"weight": turn["weight"]}
+        messages.append({"role": turn["role"], "content": parts, **weight})
     return messages, list(own["images"] or ())
 
 

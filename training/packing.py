@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..modeling.configuration_nextflow import NextFlowConfig
-from ..modeling.scale_schedule import Grid
+from ..modeling.scale_schedule import Grid, all_blocks, read_blocks
 from .sequences import IGNORED, ids_of, pad_rows, stack_images
 
 
@@ -71,10 +71,8 @@ def attended_pairs(input_ids: list[int], grids: list[tuple[Grid, ...]], image_to
         while end < len(input_ids) and (input_ids[end] == image_token_id) == is_slot:
             end += 1
         if is_slot:
-            own = next(images)
-            for height, width in (*own[1:], own[-1]):
-                if position == end:
-                    break
+            num_blocks, final_only = read_blocks(end - position, own := next(images))
+            for height, width in own[-1:] if final_only else all_blocks(own)[:num_blocks]:
                 pairs += height * width * (position + height * width)
                 position += height * width
         else:

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..modeling.configuration_nextflow import NextFlowConfig
-from ..modeling.scale_schedule import Grid
+from ..modeling.scale_schedule import Grid, all_blocks
+from .documents import is_learned
 
 IGNORED = -100
 
@@ -60,8 +61,8 @@ class SequenceBuilder:
 
         Args:
             messages: Turns as in chat templates: `role`, and `content` as text or as a list of {"type": "text", "text":
-                ...} and {"type": "image"}. Loss is on the turns of the assistant. A single turn without a role is a
-                document without turns, with loss on everything.
+                ...} and {"type": "image"}. Loss is on the turns of the assistant but those whose `weight` is 0. A
+                single turn without a role is a document without turns, with loss on everything.
             images: The pictures, in order.
             without_prompt: Leave out all that stands before the last turn, for classifier-free guidance.
 
@@ -77,7 +78,7 @@ class SequenceBuilder:
             return self._join([[*_marked(answer), ("<|im_end|>", True)]], images[len(images) - kept :], opens=False)
         turns = []
         for number, turn in enumerate(messages):
-            learned = turn["role"] in (None, "assistant")
+            learned = is_learned(turn)
             before, after = ("", "") if turn["role"] is None else (f"<|im_start|>{turn['role']}\n", "<|im_end|>")
             gap = "\n" if number else ""
             turns.append([(gap + before, False), *_marked(turn, learned), (after, learned)])
@@ -103,15 +104,18 @@ class SequenceBuilder:
     def _join(self, turns: list[list[tuple]], images: Sequence[CodedImage], opens: bool) -> dict:
         """Tokens and labels of pieces (text or `None` for an image, whether it is learned)."""
         sequence = {"input_ids": [], "labels": [], "codes": [], "image_labels": [], "grids": []}
+        pieces = [piece for turn in turns for piece in turn]
+        # What only the end of its turn follows is looked at by nothing.
+        last = max(number for number, (text, _) in enumerate(pieces) if text not in ("", "<|im_end|>"))
         left = list(images)
         waiting: list[tuple[str, bool]] = []
-        for text, learned in (piece for turn in turns for piece in turn):
+        for number, (text, learned) in enumerate(pieces):
             if text is not None:
                 waiting.append((text, learned))
                 continue
             self._add_text(sequence, waiting)
             waiting = []
-            if not self._add_image(sequence, left.pop(0), learned):
+            if not self._add_image(sequence, left.pop(0), learned, is_followed=number < last):
                 return self._without_first_label(sequence)
         self._add_text(sequence, waiting)
         return sequence if opens else self._without_first_label(sequence)
@@ -134,12 +138,15 @@ class SequenceBuilder:
             token if learned[start] else IGNORED for token, (start, _) in zip(encoded.input_ids, encoded.offset_mapping)
         ]
 
-    def _add_image(self, sequence: dict, image: CodedImage, learned: bool) -> bool:
+    def _add_image(self, sequence: dict, image: CodedImage, learned: bool, is_followed: bool) -> bool:
         """Append an image; whether the sequence goes on behind it."""
         whole = not learned or self.prefix_scales is None or self.prefix_scales >= len(image.grids)
+        context = self.config.context_image
         blocks = image.grids[1:] if whole else image.grids[1 : self.prefix_scales]
-        if not learned and self.config.context_image == "scales+final":
-            blocks = (*blocks, image.grids[-1])
+        if not learned and context == "final":
+            blocks = image.grids[-1:]
+        elif whole and (is_followed or not learned) and context != "scales":
+            blocks = all_blocks(image.grids)
         slots = _cells(blocks)
         sequence["input_ids"] += [self.config.boi_token_id, *[self.config.image_token_id] * slots]
         sequence["labels"] += [self.config.boi_token_id if learned else IGNORED, *[IGNORED] * slots]

@@ -150,9 +150,9 @@ def test_residual_input_is_the_previous_scale_alone(model):
 
 
 def test_the_final_block_shows_the_finest_codes_to_what_follows():
-    for context_image, sees in (("scales", False), ("scales+final", True)):
-        model = small_model(context_image=context_image)
-        slots = 29 + (16 if sees else 0)
+    for context_image, slots in (("scales", 29), ("scales+final", 45), ("final", 16)):
+        sees = context_image != "scales"
+        model = small_model(context_image=context_image, levels=(3, 4))
         config = model.config
         ids = torch.tensor([[config.boi_token_id, *[config.image_token_id] * slots, config.eoi_token_id, 7]])
         codes = torch.randint(32, (1, 30))
@@ -163,6 +163,31 @@ def test_the_final_block_shows_the_finest_codes_to_what_follows():
             for c in (codes, other)
         ]
         assert torch.equal(*last) != sees
+
+
+def test_a_final_block_alone_is_what_stands_at_the_end_of_all_blocks():
+    """Same features, same scale embedding; it lies nearer in time, and predicts no codes."""
+    model = small_model(context_image="final", levels=(3, 4))
+    config, codes = model.config, torch.randint(32, (1, 30))
+    embeds = []
+    for slots in (45, 16):
+        ids = torch.tensor([[config.boi_token_id, *[config.image_token_id] * slots, config.eoi_token_id]])
+        layout = layout_sequences(ids, None, [SQUARE], config)
+        own = model.model.embed_images(model.model.language_model.embed_tokens(ids), layout.spans, codes)
+        embeds.append(own[:, -17:-1])
+        assert layout.position_ids[0, 0, -17:-1].unique().tolist() == [4 if slots == 45 else 1]
+    assert torch.equal(*embeds)
+    (span,) = layout.spans
+    assert span.final_only and span.num_codes == 0 and span.blocks == ((4, 4),)
+    labels = torch.full((1, 30), -100)
+    grids = torch.tensor([SQUARE])
+    output = model(input_ids=ids, image_codes=codes, image_grids=grids, labels=ids, image_labels=labels)
+    assert output.image_loss == 0 and output.loss.isfinite()
+
+
+def test_scales_whose_final_block_cannot_be_told_apart_are_refused():
+    with pytest.raises(ValueError, match="could be the first of them"):
+        small_model(context_image="final", levels=(2, 4))
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------

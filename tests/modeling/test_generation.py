@@ -124,14 +124,17 @@ def test_a_negative_prompt_takes_the_place_of_no_prompt():
     assert torch.equal(alone.codes[0], negative.codes[1])
 
 
-def test_images_in_the_prompt_are_seen_and_batch_like_alone():
-    model = small_model()
+@pytest.mark.parametrize(("context_image", "slots"), [("scales", 29), ("scales+final", 45), ("final", 16)])
+def test_images_in_the_prompt_are_seen_and_batch_like_alone(context_image, slots):
+    model = small_model(context_image=context_image, levels=(3, 4))
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    image = [3, *[5] * 29, 4]
+    image = [3, *[5] * slots, 4]
     ids = torch.tensor([[0, 7, *image, 8], [9, 10, *image, 11]])
     mask = (torch.arange(ids.shape[1]) >= torch.tensor([[1], [0]])).long()
     kwargs = {**DRAW, "image_size": (32, 32)}
     together = model.generate(ids, attention_mask=mask, pixel_values=pixels, **kwargs)
+    uncached = model.generate(ids, attention_mask=mask, pixel_values=pixels, use_cache=False, **kwargs)
+    assert all(map(torch.equal, together.codes, uncached.codes))
     alone = model.generate(ids[1:], pixel_values=pixels[1:], **{**kwargs, "seed": 8})
     assert torch.equal(alone.codes[0], together.codes[1])
     other = model.generate(ids[1:], pixel_values=pixels[:1], **{**kwargs, "seed": 8})

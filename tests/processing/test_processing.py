@@ -184,12 +184,13 @@ def test_one_placeholder_for_every_slot(processor):
 
 
 def test_the_final_block_takes_its_own_placeholders(image_processor, tokenizer):
-    processor = nextflow_hf.NextFlowProcessor(image_processor, tokenizer, context_image="scales+final")
-    inputs = processor(
-        text="<|vision_start|><|image_pad|><|vision_end|>", images=[picture(32, 32)], return_tensors="pt"
-    )
-    assert (inputs["input_ids"] == 5).sum() == 4 + 9 + 16 + 16
-    assert processor._get_num_multimodal_tokens([(32, 32)])["num_image_tokens"] == [45]
+    for context_image, slots in (("scales+final", 4 + 9 + 16 + 16), ("final", 16)):
+        processor = nextflow_hf.NextFlowProcessor(image_processor, tokenizer, context_image=context_image)
+        inputs = processor(
+            text="<|vision_start|><|image_pad|><|vision_end|>", images=[picture(32, 32)], return_tensors="pt"
+        )
+        assert (inputs["input_ids"] == 5).sum() == slots
+        assert processor._get_num_multimodal_tokens([(32, 32)])["num_image_tokens"] == [slots]
 
 
 def test_the_chat_template_puts_pictures_in_any_turn(processor):

@@ -11,11 +11,16 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def builder(tokenizer):
-    text = small_config().text_config.to_dict()
+def builder_of(tokenizer):
+    """Builders for a small configuration that differs in what is named."""
     text = {
-        **text,
+        **small_config().text_config.to_dict(),
         "vocab_size": 322,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
     }
-    return SequenceBuilder(tokenizer, small_config(text_config=text, code_start_id=290))
+    return lambda **changes: SequenceBuilder(tokenizer, small_config(text_config=text, code_start_id=290, **changes))
+
+
+@pytest.fixture(scope="module")
+def builder(builder_of):
+    return builder_of()

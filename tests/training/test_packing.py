@@ -71,10 +71,11 @@ def test_a_sequence_larger_than_a_bin_is_an_error():
         PackedSequences([], capacity=0)
 
 
-def test_pairs_are_those_of_the_mask(builder):
+def test_pairs_are_those_of_the_mask(builder, builder_of):
     """What the cost counts is what the mask lets through."""
     model = small_model().model
-    for item in mixed(builder):
+    final = builder_of(context_image="final", levels=(3, 4))
+    for item in [*mixed(builder), final.read("which", "dot 1", codes_of(), SQUARE)]:
         ids = torch.tensor([item["input_ids"]])
         layout = layout_sequences(ids, None, item["grids"], builder.config)
         embeds = torch.zeros(1, ids.shape[1], 32)

@@ -22,7 +22,7 @@ from nextflow_hf.training.coded_documents import CodedDocuments, MixedSequences
 from nextflow_hf.training.data import import_class, load_source, to_pixels
 from nextflow_hf.training.documents import load_reader
 from nextflow_hf.training.recipe import RECIPES, Recipe, load_recipe
-from nextflow_hf.training.sequences import SequenceBuilder
+from nextflow_hf.training.sequences import CodedImage, SequenceBuilder
 from nextflow_hf.training.stage_trainer import NonFiniteError, check_writable, run_stage, save_whole
 from nextflow_hf.training.stages import STAGES, run_recipe
 from nextflow_hf.training.train_decoder import DrawAndReadDataset
@@ -68,6 +68,38 @@ def test_loss_is_on_the_response_alone(builder):
     reading = builder.read("which", "dot 1", codes_of(), SQUARE)
     labelled = [token for token in reading["labels"] if token != -100]
     assert builder.tokenizer.decode(labelled) == "dot 1<|im_end|>" and set(reading["image_labels"][0]) == {-100}
+
+
+IMAGE = {"type": "image"}
+
+
+def two_turns(**first) -> list[dict]:
+    """A picture is drawn, then changed."""
+    words = [{"type": "text", "text": "dot 1"}]
+    return [
+        {"role": "user", "content": words},
+        {"role": "assistant", "content": [IMAGE], **first},
+        {"role": "user", "content": words},
+        {"role": "assistant", "content": [IMAGE]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("context_image", "drawn", "shown"), [("scales", 29, 29), ("scales+final", 45, 45), ("final", 45, 16)]
+)
+def test_a_picture_that_something_follows_shows_its_finest_codes(builder_of, context_image, drawn, shown):
+    builder = builder_of(context_image=context_image, levels=(3, 4))
+    slots = lambda item: sum(token == builder.config.image_token_id for token in item["input_ids"])  # noqa: E731
+    pictures = [CodedImage(codes_of(), SQUARE)] * 2
+    assert slots(builder.draw("dot 1", codes_of(), SQUARE)) == 29
+    assert slots(builder.read("which", "dot 1", codes_of(), SQUARE)) == shown
+    assert slots(builder.build(two_turns(), pictures)) == drawn + 29
+    # A turn of no weight is only looked at.
+    looked_at = builder.build(two_turns(weight=0), pictures)
+    assert slots(looked_at) == shown + 29
+    assert [set(own) == {-100} for own in looked_at["image_labels"]] == [True, False]
+    story = [{"role": None, "content": [IMAGE, {"type": "text", "text": "dot 1"}]}]
+    assert slots(builder.build(story, pictures[:1])) == drawn
 
 
 def test_without_a_prompt_only_the_picture_is_left(builder):
