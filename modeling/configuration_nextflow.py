@@ -272,7 +272,7 @@ def _nextflow_7b() -> dict:
 
 
 # The mini tokenizer keeps Qwen's names for its special tokens; see processing/train_tokenizer.py for their ids.
-MINI_TEXT_VOCAB_SIZE = 512
+MINI_TEXT_VOCAB_SIZE = 768
 MINI_SPECIAL_TOKEN_IDS = {
     "<|endoftext|>": 0,
     "<|im_start|>": 1,

@@ -25,6 +25,51 @@ class PairSource(Protocol):
         """A question about picture `index` and its answer."""
 
 
+class MixedSource:
+    """Pictures of several sources, mixed by weight; item i is the same in every run.
+
+    Args:
+        sources: What [`load_source`] takes, each with a `weight`.
+        num_pictures: How many.
+        seed: Seed of the order.
+
+    Raises:
+        ValueError: If a weight is not positive.
+    """
+
+    def __init__(self, sources: list[dict], num_pictures: int = 1_000_000, seed: int = 0):
+        weights = np.array([spec.get("weight", 1.0) for spec in sources], np.float64)
+        if not len(weights) or weights.min() <= 0:
+            raise ValueError(f"Each source needs a positive weight, got {weights.tolist()}.")
+        self.sources = [
+            load_source({name: value for name, value in spec.items() if name != "weight"}) for spec in sources
+        ]
+        self.shares = weights / weights.sum()
+        self.num_pictures, self.seed = num_pictures, seed
+
+    def __len__(self) -> int:
+        return self.num_pictures
+
+    def _place(self, index: int) -> tuple[PairSource, int]:
+        source = self.sources[np.random.default_rng((self.seed, index)).choice(len(self.sources), p=self.shares)]
+        return source, index % len(source)
+
+    def image(self, index: int) -> np.ndarray:
+        """Picture `index`: uint8 `(height, width, 3)`."""
+        source, own = self._place(index)
+        return source.image(own)
+
+    def prompt(self, index: int, rng: np.random.Generator) -> str:
+        """Words that ask for picture `index`."""
+        source, own = self._place(index)
+        return source.prompt(own, rng)
+
+    def question(self, index: int, rng: np.random.Generator) -> tuple[str, str]:
+        """A question about picture `index` and its answer."""
+        source, own = self._place(index)
+        return source.question(own, rng)
+
+
 def load_source(spec: dict) -> PairSource:
     """Build a source from a recipe's `source` entry.
 

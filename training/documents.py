@@ -106,6 +106,17 @@ class DocumentReader:
         for index, record in numbered:
             yield index, self._document(index, record)
 
+    def texts(self, stop: int) -> Iterator[str]:
+        """Each turn's text with its role, of the first `stop` records that are whole; pictures are not opened."""
+        for index in range(min(stop, len(self.records))):
+            record = self.records[index]
+            messages, _ = self.to_messages({name: record.get(column) for name, column in self.columns.items()})
+            for turn in messages:
+                for part in turn["content"]:
+                    if part["type"] == "text":
+                        wordings = part["text"] if isinstance(part["text"], list) else [part["text"]]
+                        yield from (f"{turn['role']}\n{text}" if turn["role"] else text for text in wordings)
+
     def _document(self, index: int, record: dict) -> "Document | BrokenRecordError":
         own = {name: record.get(column) for name, column in self.columns.items()}
         name = str(index if own["id"] is None else own["id"])

@@ -25,6 +25,7 @@ from .recipe import Recipe
 from .sequences import SequenceBuilder
 from .sharding import is_sharded
 from .stage_trainer import PictureCallback, run_stage, save_whole
+from .vocabulary import with_tokenizer
 
 
 class DrawAndReadDataset(Dataset):
@@ -119,8 +120,9 @@ class SampleGridCallback(PictureCallback):
 def train_decoder(recipe: Recipe) -> None:
     """Train the decoder on a frozen tokenizer.
 
-    `init_from`: `tokenizer` (text), `vq`, and `decoder` to go on from. What it trains on is either `data` (extracted
-    datasets, mixed by weight) or a `source` of pictures of one size. `stage_args`:
+    `init_from`: `tokenizer` (text), `vq`, and `decoder` to go on from, with whatever text tokenizer it had. What it
+    trains on is either `data` (extracted datasets, mixed by weight) or a `source` of pictures of one size.
+    `stage_args`:
 
     * what is trained: `trained` (first parts of parameter names; everything but the tokenizer where it is missing), or
       `lora` (arguments of `peft.LoraConfig`; the result has the adapter in `adapter` and is merged in `final`);
@@ -208,6 +210,7 @@ def _decoder_of(recipe: Recipe, vq_model: NextFlowVQModel) -> NextFlowForConditi
     if "decoder" in recipe.init_from:
         model = NextFlowForConditionalGeneration.from_pretrained(recipe.init_from["decoder"])
         _set_entries(model, recipe.config)
+        model = _with_tokenizer_of(recipe, model)
     else:
         own = {name: value for name, value in recipe.config.items() if not name.startswith(("vq.", "text."))}
         config = NextFlowConfig.from_preset(recipe.preset, vq_config=vq_model.config, **own)
@@ -220,6 +223,18 @@ def _decoder_of(recipe: Recipe, vq_model: NextFlowVQModel) -> NextFlowForConditi
     model.config.codebook_fingerprint = fingerprint
     model.set_vq_model(vq_model)
     return model
+
+
+def _with_tokenizer_of(recipe: Recipe, model: NextFlowForConditionalGeneration) -> NextFlowForConditionalGeneration:
+    """The decoder with the recipe's text tokenizer, where it was trained with another one."""
+    if not (Path(recipe.init_from["decoder"]) / "tokenizer.json").is_file():
+        return model
+    before = PreTrainedTokenizerFast.from_pretrained(recipe.init_from["decoder"])
+    after = PreTrainedTokenizerFast.from_pretrained(recipe.init_from["tokenizer"])
+    if before.get_vocab() == after.get_vocab():
+        return model
+    code_start_id = NextFlowConfig.from_preset(recipe.preset).code_start_id
+    return with_tokenizer(model, before, after, code_start_id)
 
 
 def _sharded_decoder_of(recipe: Recipe, fingerprint: str) -> NextFlowForConditionalGeneration:

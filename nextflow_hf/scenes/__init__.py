@@ -5,7 +5,9 @@ from .captions import Facts, Group, caption, caption_with_places, describe, fact
 from .prompts import ScenePrompt, make_prompts, scene_for
 from .referee import Reading, Referee, SeenObject, Verdict
 from .sampling import CATEGORIES, SPLITS, sample_scene
-from .source import QUESTION, SceneRecords, SceneSource
+from .signs import ReadSign, Sign, SignReader, draw_sign, render_sign, transcript, words_of_sign
+from .source import QUESTION, READ_QUESTION, SceneRecords, SceneSource, SignSource
+from .tasks import TaskRecords
 from .world import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, SceneObject, lattice_for, relation, render
 
 __all__ = [
@@ -14,11 +16,13 @@ __all__ = [
     "COLORS",
     "PLACES",
     "QUESTION",
+    "READ_QUESTION",
     "SHAPES",
     "SIZES",
     "SPLITS",
     "Facts",
     "Group",
+    "ReadSign",
     "Reading",
     "Referee",
     "Scene",
@@ -27,11 +31,16 @@ __all__ = [
     "SceneRecords",
     "SceneSource",
     "SeenObject",
+    "Sign",
+    "SignReader",
+    "SignSource",
+    "TaskRecords",
     "Verdict",
     "calibrate",
     "caption",
     "caption_with_places",
     "describe",
+    "draw_sign",
     "facts_match",
     "is_complete",
     "lattice_for",
@@ -39,6 +48,9 @@ __all__ = [
     "parse",
     "relation",
     "render",
+    "render_sign",
     "sample_scene",
     "scene_for",
+    "transcript",
+    "words_of_sign",
 ]

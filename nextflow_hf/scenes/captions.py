@@ -15,9 +15,9 @@ import numpy as np
 from .world import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, named_cells, relation
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-_PLURALS = {shape: f"{shape}es" if shape.endswith("s") else f"{shape}s" for shape in SHAPES}
+PLURALS = {shape: f"{shape}es" if shape.endswith("s") else f"{shape}s" for shape in SHAPES}
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-_RELATION_WORDS = {
+RELATION_WORDS = {
     "left of": ("to the left of", "left of"),
     "right of": ("to the right of", "right of"),
     "above": ("above",),
@@ -85,8 +85,8 @@ class Facts:
         object.__setattr__(self, "groups", tuple(self.groups))
         if self.background not in (None, *BACKGROUNDS):
             raise ValueError(f"A background must be one of {tuple(BACKGROUNDS)}, got {self.background!r}.")
-        if self.relation not in (None, *_RELATION_WORDS):
-            raise ValueError(f"A relation must be one of {tuple(_RELATION_WORDS)}, got {self.relation!r}.")
+        if self.relation not in (None, *RELATION_WORDS):
+            raise ValueError(f"A relation must be one of {tuple(RELATION_WORDS)}, got {self.relation!r}.")
         if self.relation is not None and [group.count for group in self.groups] != [1, 1]:
             raise ValueError(f"A relation holds between two groups of one object, got {self.groups}.")
 
@@ -105,14 +105,14 @@ def phrase(group: Group, digits: bool = False) -> str:
         words += [PLACES[group.place]] if group.place else []
         return " ".join((article, *words))
     number = str(group.count) if digits else NUMBERS[group.count]
-    return " ".join((number, *words, _PLURALS[group.shape]))
+    return " ".join((number, *words, PLURALS[group.shape]))
 
 
 def words_of(facts: Facts, relation_words: str | None = None, digits: bool = False) -> str:
     """Facts as a sentence without an opening."""
     phrases = [phrase(group, digits) for group in facts.groups]
     if facts.relation is not None:
-        text = f"{phrases[0]} {relation_words or _RELATION_WORDS[facts.relation][0]} {phrases[1]}"
+        text = f"{phrases[0]} {relation_words or RELATION_WORDS[facts.relation][0]} {phrases[1]}"
     elif len(phrases) == 1:
         text = phrases[0]
     else:
@@ -126,7 +126,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     Objects are named in the scene's order, but two whose relation is told in either; one above another is always told.
     """
     groups, where, background = _claims(scene, rng)
-    wording = None if where is None else _RELATION_WORDS[where][rng.integers(len(_RELATION_WORDS[where]))]
+    wording = None if where is None else RELATION_WORDS[where][rng.integers(len(RELATION_WORDS[where]))]
     return _opening(rng) + words_of(Facts(groups, where, background), wording, digits=rng.random() < 0.15)
 
 
@@ -190,14 +190,14 @@ def describe(scene: Scene) -> str:
 
 
 _NUMBER_OF = {"a": 1, "an": 1, **{word: number for number, word in NUMBERS.items()}, **{str(n): n for n in NUMBERS}}
-_SHAPE_OF = {**{shape: shape for shape in SHAPES}, **{plural: shape for shape, plural in _PLURALS.items()}}
+_SHAPE_OF = {**{shape: shape for shape in SHAPES}, **{plural: shape for shape, plural in PLURALS.items()}}
 _PHRASE = (
     rf"(?P<number{{0}}>{'|'.join(_NUMBER_OF)})(?: (?P<size{{0}}>{'|'.join(SIZES)}))?"
     rf"(?: (?P<color{{0}}>{'|'.join(COLORS)}))? (?P<shape{{0}}>{'|'.join(_SHAPE_OF)})"
     rf"(?: (?P<place{{0}}>{'|'.join(PLACES.values())}))?"
 )
 _PLACE_OF = {words: place for place, words in PLACES.items()}
-_WHERE_OF = {wording: where for where, wordings in _RELATION_WORDS.items() for wording in wordings}
+_WHERE_OF = {wording: where for where, wordings in RELATION_WORDS.items() for wording in wordings}
 _CAPTION = re.compile(
     rf"^(?:{'|'.join(OPENINGS)})?(?P<body>.+?)(?: on a (?P<background>{'|'.join(BACKGROUNDS)}) background)?$"
 )

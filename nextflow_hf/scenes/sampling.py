@@ -191,6 +191,15 @@ def arrange(
     return [(0, middles[0][1]), (last_row, middles[1][1])]
 
 
+def orderly_scene(facts, rng: np.random.Generator, lattice: tuple[int, int] = (4, 4)) -> Scene:
+    """An orderly scene of one group of objects alike, whose colour is known."""
+    (group,) = facts.groups
+    size = group.size or ("large" if group.count == 1 and rng.random() < 0.6 else "small")
+    cells = arrange(rng, [size] * group.count, alike=True, lattice=lattice)
+    background = facts.background or _pick(rng, tuple(BACKGROUNDS))
+    return Scene(tuple(SceneObject(group.shape, group.color, size, cell) for cell in cells), background, lattice)
+
+
 def _draw(rng: np.random.Generator, lattice: tuple[int, int], arrangement: str, families: tuple[float, ...]) -> Scene:
     while True:
         kinds, sizes = _draw_contents(rng, families)

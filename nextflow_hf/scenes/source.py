@@ -4,9 +4,11 @@ import numpy as np
 
 from .captions import caption, caption_with_places, describe
 from .sampling import FAMILIES, sample_scene
+from .signs import Sign, draw_sign, render_sign, transcript, words_of_sign
 from .world import Scene, lattice_for, render
 
 QUESTION = "describe the picture"
+READ_QUESTION = "what is written?"
 
 
 class SceneSource:
@@ -61,6 +63,48 @@ class SceneSource:
     def question(self, index: int, rng: np.random.Generator) -> tuple[str, str]:
         """A request to describe picture `index`, and its description."""
         return QUESTION, describe(self.scene(index))
+
+
+class SignSource:
+    """Pictures of words with what asks for them (`training.data.PairSource`).
+
+    Args:
+        num_pictures: How many.
+        seed: Different seeds give different signs.
+        split: Which words may appear.
+        document_share: Share of documents with a title and a list.
+        font: Path of a TrueType font instead of Pillow's own.
+    """
+
+    def __init__(
+        self,
+        num_pictures: int = 100_000,
+        seed: int = 0,
+        split: str = "train",
+        document_share: float = 0.25,
+        font: str | None = None,
+    ):
+        self.num_pictures, self.seed, self.split = num_pictures, seed, split
+        self.document_share, self.font = document_share, font
+
+    def __len__(self) -> int:
+        return self.num_pictures
+
+    def sign(self, index: int) -> Sign:
+        """What picture `index` says."""
+        return draw_sign(np.random.default_rng((self.seed, index)), self.split, self.document_share)
+
+    def image(self, index: int) -> np.ndarray:
+        """Picture `index`: uint8 `(height, width, 3)`."""
+        return render_sign(self.sign(index), self.font)
+
+    def prompt(self, index: int, rng: np.random.Generator) -> str:
+        """Words that ask for picture `index`."""
+        return words_of_sign(self.sign(index), rng)
+
+    def question(self, index: int, rng: np.random.Generator) -> tuple[str, str]:
+        """The question what is written, and the answer."""
+        return READ_QUESTION, transcript(self.sign(index))
 
 
 class SceneRecords:

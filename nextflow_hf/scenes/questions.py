@@ -1,0 +1,167 @@
+"""Questions about scenes with one right answer each: what, which colour, how large, where, how many, whether.
+
+A thing is asked about by words that fit it alone, and that do not give the answer away.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from .captions import NUMBERS, PLURALS, RELATION_WORDS, Group, phrase
+from .world import COLORS, PLACES, SHAPES, Scene, SceneObject, named_cells, relation
+
+COUNTS = ("none", "one", *NUMBERS.values())
+KINDS = ("what", "shape", "color", "size", "where", "count", "exists", "relation", "background")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question of a kind of `KINDS`, and its answer."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+def ask(scene: Scene, rng: np.random.Generator, kind: str | None = None) -> Question | None:
+    """A random question about a scene; `None` if it has no question of this kind.
+
+    Raises:
+        ValueError: If there is no such kind.
+    """
+    if kind is None:
+        kinds = list(rng.permutation(KINDS))
+        return next(own for own in (_ASK[name](scene, rng) for name in kinds) if own is not None)
+    if kind not in KINDS:
+        raise ValueError(f"A question is of one of the kinds {KINDS}, got {kind!r}.")
+    return _ASK[kind](scene, rng)
+
+
+def ask_several(scene: Scene, rng: np.random.Generator, number: int) -> list[Question]:
+    """Up to `number` different questions about a scene, of kinds in random order."""
+    found: dict[str, Question] = {}
+    for turn in range(3 * number):
+        if turn % len(KINDS) == 0:
+            kinds = list(rng.permutation(KINDS))
+        own = _ASK[kinds[turn % len(KINDS)]](scene, rng)
+        if own is not None:
+            found.setdefault(own.text, own)
+        if len(found) == number:
+            break
+    return list(found.values())
+
+
+def refer(scene: Scene, own: SceneObject, rng: np.random.Generator, hidden: tuple[str, ...] = ()) -> str | None:
+    """Words that fit one object of a scene alone: "the red circle", "the large object".
+
+    Args:
+        scene: The scene.
+        own: One of its objects.
+        rng: Chooses among the shortest.
+        hidden: Of "size", "color" and "shape" what must not be said.
+
+    Returns:
+        `None` if no such words fit it alone.
+    """
+    told = [name for name in ("size", "color", "shape") if name not in hidden]
+    for number in range(1, len(told) + 1):
+        options = [names for names in combinations(told, number) if _fit(scene, own, names) == 1]
+        if options:
+            names = options[rng.integers(len(options))]
+            words = [getattr(own, name) for name in ("size", "color") if name in names]
+            return " ".join(("the", *words, own.shape if "shape" in names else "object"))
+    return None
+
+
+def _fit(scene: Scene, own: SceneObject, names: tuple[str, ...]) -> int:
+    return sum(all(getattr(other, name) == getattr(own, name) for name in names) for other in scene.objects)
+
+
+def _one_of(scene: Scene, rng: np.random.Generator) -> SceneObject:
+    return scene.objects[rng.integers(len(scene.objects))]
+
+
+def _what(scene: Scene, rng: np.random.Generator) -> Question | None:
+    own = _one_of(scene, rng)
+    place = named_cells(own.size, scene.lattice).get(own.cell)
+    others = [named_cells(other.size, scene.lattice).get(other.cell) for other in scene.objects if other is not own]
+    if place is None or place in others:
+        return None
+    return Question("what", f"what is {PLACES[place]}?", phrase(Group(1, own.shape, own.color, own.size)))
+
+
+def _attribute(name: str, wording: str) -> Callable:
+    def question(scene: Scene, rng: np.random.Generator) -> Question | None:
+        own = _one_of(scene, rng)
+        words = "the object" if len(scene.objects) == 1 else refer(scene, own, rng, hidden=(name,))
+        return None if words is None else Question(name, wording.format(words), getattr(own, name))
+
+    return question
+
+
+def _where(scene: Scene, rng: np.random.Generator) -> Question | None:
+    own = _one_of(scene, rng)
+    place = named_cells(own.size, scene.lattice).get(own.cell)
+    words = refer(scene, own, rng)
+    return None if place is None or words is None else Question("where", f"where is {words}?", PLACES[place])
+
+
+def _count(scene: Scene, rng: np.random.Generator) -> Question:
+    choice = rng.integers(4)
+    own = _one_of(scene, rng)
+    if choice == 0:
+        return Question("count", "how many objects are there?", COUNTS[len(scene.objects)])
+    # Now and then of what is not there.
+    color = own.color if rng.random() < 0.8 else tuple(COLORS)[rng.integers(len(COLORS))]
+    shape = own.shape if rng.random() < 0.8 else SHAPES[rng.integers(len(SHAPES))]
+    words, fits = {
+        1: (f"{color} objects", lambda other: other.color == color),
+        2: (PLURALS[shape], lambda other: other.shape == shape),
+        3: (f"{color} {PLURALS[shape]}", lambda other: (other.color, other.shape) == (color, shape)),
+    }[int(choice)]
+    return Question("count", f"how many {words} are there?", COUNTS[sum(map(fits, scene.objects))])
+
+
+def _exists(scene: Scene, rng: np.random.Generator) -> Question:
+    own = _one_of(scene, rng)
+    color, shape = own.color, own.shape
+    if rng.random() < 0.5:
+        # Half of what is not there differs in one thing alone.
+        change = rng.integers(3)
+        color = tuple(COLORS)[rng.integers(len(COLORS))] if change != 1 else color
+        shape = SHAPES[rng.integers(len(SHAPES))] if change != 0 else shape
+    found = any((other.color, other.shape) == (color, shape) for other in scene.objects)
+    article = "an" if color[0] in "aeiou" else "a"
+    return Question("exists", f"is there {article} {color} {shape}?", "yes" if found else "no")
+
+
+def _relation(scene: Scene, rng: np.random.Generator) -> Question | None:
+    if len(scene.objects) < 2:
+        return None
+    first, second = (scene.objects[place] for place in rng.permutation(len(scene.objects))[:2])
+    where = relation(first, second)
+    words = [refer(scene, own, rng) for own in (first, second)]
+    if where is None or None in words:
+        return None
+    claimed = where if rng.random() < 0.5 else tuple(RELATION_WORDS)[rng.integers(4)]
+    text = f"is {words[0]} {RELATION_WORDS[claimed][0]} {words[1]}?"
+    return Question("relation", text, "yes" if claimed == where else "no")
+
+
+def _background(scene: Scene, rng: np.random.Generator) -> Question:
+    return Question("background", "what color is the background?", scene.background)
+
+
+_ASK: dict[str, Callable] = {
+    "what": _what,
+    "shape": _attribute("shape", "what shape is {}?"),
+    "color": _attribute("color", "what color is {}?"),
+    "size": _attribute("size", "how large is {}?"),
+    "where": _where,
+    "count": _count,
+    "exists": _exists,
+    "relation": _relation,
+    "background": _background,
+}

@@ -1,0 +1,104 @@
+"""Prompts that say what to draw only to one who works it out: sums, mixed colours, opposites, things of the world.
+
+Each comes with the thought that solves it. The thought ends in the plain prompt, so that a model which writes it down
+before it draws has only to draw what it wrote.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .captions import Facts, Group, phrase, words_of
+from .sampling import split_of
+from .world import COLORS, SHAPES
+
+KINDS = ("sum", "difference", "color", "shape", "both")
+_NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
+# What a colour is known by: things that have it, and colours that mix to it.
+COLOR_CLUES = {
+    "red": ("blood", "a ripe tomato"),
+    "green": ("grass", "blue mixed with yellow"),
+    "blue": ("the deep sea", "the sky at noon"),
+    "yellow": ("a lemon", "the sun"),
+    "orange": ("a carrot", "red mixed with yellow"),
+    "purple": ("a plum", "red mixed with blue"),
+    "cyan": ("ice", "green mixed with blue"),
+    "pink": ("a piglet", "red mixed with white"),
+}
+SHAPE_CLUES = {
+    "circle": ("a wheel", "a coin"),
+    "square": ("a chess board", "four equal sides"),
+    "triangle": ("three sides", "a slice of pizza"),
+    "cross": ("a plus sign", "a flag of Switzerland"),
+    "diamond": ("a kite", "a square on its tip"),
+    "star": ("five points", "a sheriff's badge"),
+}
+
+
+@dataclass(frozen=True)
+class Riddle:
+    """A prompt that must be worked out.
+
+    Attributes:
+        kind: One of `KINDS`.
+        text: The prompt.
+        thought: How it is worked out, ending in the plain prompt.
+        facts: What a picture must show.
+    """
+
+    kind: str
+    text: str
+    thought: str
+    facts: Facts
+
+
+def draw_riddle(rng: np.random.Generator, split: str = "train", kind: str | None = None) -> Riddle:
+    """A random riddle whose answer is a combination of the split.
+
+    Raises:
+        ValueError: If there is no such kind.
+    """
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"A riddle is of one of the kinds {KINDS}, got {kind!r}.")
+    while True:
+        own = _draw(rng, kind or KINDS[rng.integers(len(KINDS))])
+        (group,) = own.facts.groups
+        category = "colors" if group.count == 1 else "counting"
+        key = f"{group.color} {group.shape}" if group.count == 1 else f"{group.count} {group.color} {group.shape}"
+        if split_of((category, key)) == split:
+            return own
+
+
+def _draw(rng: np.random.Generator, kind: str) -> Riddle:
+    color, shape = tuple(COLORS)[rng.integers(len(COLORS))], SHAPES[rng.integers(len(SHAPES))]
+    count, steps = 1, []
+    said_color, said_shape, said_count = color, shape, None
+    if kind == "sum":
+        count = int(rng.integers(2, 5))
+        first = int(rng.integers(1, count))
+        terms = _NUMBERS[first], _NUMBERS[count - first]
+        said_count = f"{terms[0]} plus {terms[1]}"
+        steps.append(f"{said_count} is {_NUMBERS[count]}")
+    elif kind == "difference":
+        count = int(rng.integers(1, 5))
+        taken = int(rng.integers(1, 7 - count))
+        said_count = f"{_NUMBERS[count + taken]} minus {_NUMBERS[taken]}"
+        steps.append(f"{said_count} is {_NUMBERS[count]}")
+    if kind in ("color", "both"):
+        said_color = COLOR_CLUES[color][rng.integers(2)]
+        steps.append(f"{said_color} is {color}")
+    if kind in ("shape", "both"):
+        said_shape = SHAPE_CLUES[shape][rng.integers(2)]
+        steps.append(f"{said_shape} means a {shape}")
+    facts = Facts((Group(count, shape, color),))
+    steps.append(f"so {words_of(facts)}")
+    if said_count is not None:
+        plural = phrase(Group(2, shape, color)).removeprefix("two ")
+        text = f"as many {plural} as {said_count}"
+    elif kind == "color":
+        text = f"a {shape} in the color of {said_color}"
+    elif kind == "shape":
+        text = f"{phrase(Group(1, 'circle', color)).removesuffix(' circle')} shape like {said_shape}"
+    else:
+        text = f"a shape like {said_shape} in the color of {said_color}"
+    return Riddle(kind, text, ". ".join(steps), facts)

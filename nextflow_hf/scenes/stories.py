@@ -1,0 +1,135 @@
+"""Stories of a few pictures with text between: a subject that stays the same while the world around it changes."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .captions import Group, phrase
+from .edits import has_room, to_place
+from .sampling import is_trained
+from .world import BACKGROUNDS, COLORS, PLACES, SHAPES, Scene, SceneObject, named_cells
+
+MAX_FRAMES = 5
+_TIMES = {"white": "it is day", "gray": "it is evening", "black": "it is night"}
+THE_END = "the end"
+
+
+@dataclass(frozen=True)
+class Story:
+    """A story in pictures.
+
+    Attributes:
+        prompt: What asks for it.
+        texts: What is told before each picture.
+        scenes: The pictures.
+        subject: The object that is in all of them, as it is in the first; it changes its place alone.
+    """
+
+    prompt: str
+    texts: tuple[str, ...]
+    scenes: tuple[Scene, ...]
+    subject: SceneObject
+
+    def keeps_subject(self, objects) -> bool:
+        """Whether the subject is among objects (of a scene or of a referee's reading), wherever it lies."""
+        wanted = (self.subject.shape, self.subject.color, self.subject.size)
+        return any((own.shape, own.color, own.size) == wanted for own in objects)
+
+
+def draw_story(
+    rng: np.random.Generator, frames: int | None = None, lattice: tuple[int, int] = (4, 4), split: str = "train"
+) -> Story:
+    """A random story of 2 to 5 frames; in training every frame shows trained combinations alone.
+
+    In the test split the subject alone in the first frame is a combination that training never saw.
+
+    Raises:
+        ValueError: If the number of frames is none of 2 to 5.
+    """
+    frames = int(rng.integers(2, MAX_FRAMES + 1)) if frames is None else frames
+    if not 2 <= frames <= MAX_FRAMES:
+        raise ValueError(f"A story has 2 to {MAX_FRAMES} frames, got {frames}.")
+    while True:
+        own = _draw(rng, frames, lattice)
+        if own is not None and (all(map(is_trained, own.scenes)) == (split == "train")):
+            return own
+
+
+def _draw(rng: np.random.Generator, frames: int, lattice: tuple[int, int]) -> Story | None:
+    subject = _new(rng, lattice)
+    name = phrase(Group(1, subject.shape, subject.color, subject.size))
+    the = f"the {subject.color} {subject.shape}"
+    background = tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+    scene = Scene((subject,), background, lattice)
+    place = named_cells(subject.size, lattice)[subject.cell]
+    texts, scenes = [f"{_TIMES[background]}. {name} is {PLACES[place]}."], [scene]
+    while len(scenes) < frames:
+        step = _STEPS[rng.integers(len(_STEPS))](rng, scene, the)
+        if step is None:
+            return None
+        text, scene = step
+        texts.append(text)
+        scenes.append(scene)
+    return Story(f"tell a story of {name} in {_FRAMES[frames]} pictures", tuple(texts), tuple(scenes), subject)
+
+
+_FRAMES = {2: "two", 3: "three", 4: "four", 5: "five"}
+
+
+def _new(rng: np.random.Generator, lattice: tuple[int, int], size: str | None = None) -> SceneObject:
+    size = size or ("large" if rng.random() < 0.3 else "small")
+    cells = list(named_cells(size, lattice))
+    color = tuple(COLORS)[rng.integers(len(COLORS))]
+    return SceneObject(SHAPES[rng.integers(len(SHAPES))], color, size, cells[rng.integers(len(cells))])
+
+
+def _with(scene: Scene, **changes) -> Scene | None:
+    try:
+        after = replace(scene, **changes)
+    except ValueError:
+        return None
+    return after if after != scene and has_room(after) else None
+
+
+def _go(rng: np.random.Generator, scene: Scene, the: str) -> tuple[str, Scene] | None:
+    """The subject goes somewhere."""
+    subject, *others = scene.objects
+    cells = list(named_cells(subject.size, scene.lattice).items())
+    cell, place = cells[rng.integers(len(cells))]
+    after = _with(scene, objects=(replace(subject, cell=cell), *others))
+    return None if after is None else (f"{the} goes {to_place(place)}.", after)
+
+
+def _come(rng: np.random.Generator, scene: Scene, the: str) -> tuple[str, Scene] | None:
+    """Somebody comes."""
+    if len(scene.objects) == 3:
+        return None
+    own = _new(rng, scene.lattice, "small")
+    subject = scene.objects[0]
+    if (own.shape, own.color) == (subject.shape, subject.color):
+        return None
+    after = _with(scene, objects=(*scene.objects, own))
+    place = named_cells(own.size, scene.lattice)[own.cell]
+    words = phrase(Group(1, own.shape, own.color, own.size))
+    return None if after is None else (f"{words} comes {PLACES[place]}.", after)
+
+
+def _leave(rng: np.random.Generator, scene: Scene, the: str) -> tuple[str, Scene] | None:
+    """Somebody leaves."""
+    subject, *others = scene.objects
+    if not others:
+        return None
+    gone = others[rng.integers(len(others))]
+    left = [own for own in others if own is not gone]
+    after = _with(scene, objects=(subject, *left))
+    return None if after is None else (f"the {gone.color} {gone.shape} leaves.", after)
+
+
+def _turn(rng: np.random.Generator, scene: Scene, the: str) -> tuple[str, Scene] | None:
+    """It becomes day, evening or night."""
+    background = tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+    after = _with(scene, background=background)
+    return None if after is None else (f"{_TIMES[background].replace('is', 'becomes')}.", after)
+
+
+_STEPS = (_go, _go, _come, _leave, _turn)

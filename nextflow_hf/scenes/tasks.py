@@ -1,0 +1,229 @@
+"""Conversations about scenes: records for extraction and training, one task after another.
+
+Every record is of kind `messages` (`docs/data.md`), so that one dataset class serves all tasks.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from .captions import Group, caption, caption_with_places, describe, phrase
+from .edits import draw_edit, draw_edits, draw_rule
+from .questions import ask_several
+from .riddles import draw_riddle
+from .sampling import FAMILIES, is_trained, orderly_scene, sample_scene
+from .signs import draw_sign, render_sign, transcript, words_of_sign
+from .source import QUESTION, READ_QUESTION
+from .stories import THE_END, draw_story
+from .world import BACKGROUNDS, PLACES, Scene, lattice_for, named_cells, render
+
+COMPARE_QUESTION = "what changed?"
+EXAMPLE_PROMPT = "do the same"
+SUBJECT_PROMPT = "this object"
+# A place for a picture among the parts of a turn.
+IMAGE = object()
+
+
+class TaskRecords:
+    """Records of one task.
+
+    Args:
+        task: A name of `TASKS`.
+        size: (height, width) in pixels, or a list of sizes that take turns; signs have their own.
+        num_records: How many.
+        seed: Different seeds give different records.
+        arrangement: How scenes are arranged; see `sample_scene`.
+        families: Shares of the kinds of scenes; see `sample_scene`.
+        options: What only this task knows; see the functions of this module.
+
+    Raises:
+        ValueError: If there is no such task.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        size: tuple[int, int] | list[tuple[int, int]] = (64, 64),
+        num_records: int = 10_000,
+        seed: int = 0,
+        arrangement: str = "placed",
+        families: tuple[float, ...] = FAMILIES,
+        **options,
+    ):
+        if task not in TASKS:
+            raise ValueError(f"A task is one of {sorted(TASKS)}, got {task!r}.")
+        self.task, self.num_records, self.seed = task, num_records, seed
+        self.sizes = tuple(map(tuple, np.atleast_2d(size).tolist()))
+        self.arrangement, self.families, self.options = arrangement, tuple(families), options
+
+    def __len__(self) -> int:
+        return self.num_records
+
+    def __getitem__(self, index: int) -> dict:
+        rng = np.random.default_rng((self.seed, index))
+        size = self.sizes[index % len(self.sizes)]
+
+        def scene() -> Scene:
+            return sample_scene(rng, "train", lattice_for(size), self.arrangement, self.families)
+
+        while True:
+            record = TASKS[self.task](rng, scene, size, **self.options)
+            if record is not None:
+                messages, images = record
+                return {"id": f"{self.task} {self.seed}.{index}", "messages": messages, "images": images}
+
+
+def user(*parts) -> dict:
+    """A user's turn of texts and places for pictures (`IMAGE`)."""
+    return {"role": "user", "content": [_part(own) for own in parts]}
+
+
+def assistant(*parts, **more) -> dict:
+    """An assistant's turn."""
+    return {"role": "assistant", "content": [_part(own) for own in parts], **more}
+
+
+def _part(own) -> dict:
+    return {"type": "image"} if own is IMAGE else {"type": "text", "text": own}
+
+
+def _draw(rng, scene, size, wordings: int = 6, places: bool = True):
+    """A prompt in several wordings, and the picture. `places`: whether the prompt says where things lie."""
+    own = scene()
+    tell = caption_with_places if places else caption
+    return [user([tell(own, rng) for _ in range(wordings)]), assistant(IMAGE)], [render(own, size)]
+
+
+def _ask(rng, scene, size, questions: int = 5, describes: float = 0.5):
+    """A picture, and questions about it in turn; a share of them begins with its description."""
+    own = scene()
+    asked = [(one.text, one.answer) for one in ask_several(own, rng, questions)]
+    if rng.random() < describes:
+        asked.insert(0, (QUESTION, describe(own)))
+    messages = []
+    for number, (question, answer) in enumerate(asked):
+        messages += [user(*([] if number else [IMAGE]), question), assistant(answer)]
+    return messages, [render(own, size)]
+
+
+def _edit(rng, scene, size):
+    """A picture and an instruction; the changed picture."""
+    own = draw_edit(scene(), rng)
+    if own is None:
+        return None
+    return [user(IMAGE, own.text), assistant(IMAGE)], [render(own.before, size), render(own.after, size)]
+
+
+def _edit_turns(rng, scene, size, turns: int = 3):
+    """A conversation of several edits, of which the last is learned; what came before is looked at."""
+    own = draw_edits(scene(), rng, int(rng.integers(2, turns + 1)))
+    if len(own) < 2:
+        return None
+    messages = [user(IMAGE, own[0].text), assistant(IMAGE, weight=0)]
+    for number, edit in enumerate(own[1:], 2):
+        messages += [user(edit.text), assistant(IMAGE, **({} if number == len(own) else {"weight": 0}))]
+    return messages, [render(own[0].before, size), *(render(edit.after, size) for edit in own)]
+
+
+def _compare(rng, scene, size):
+    """Two pictures, and what is different."""
+    own = draw_edit(scene(), rng)
+    if own is None:
+        return None
+    same = rng.random() < 0.15
+    after = own.before if same else own.after
+    answer = "nothing" if same else own.change
+    return [user(IMAGE, IMAGE, COMPARE_QUESTION), assistant(answer)], [render(own.before, size), render(after, size)]
+
+
+def _in_context(rng, scene, size, examples: int = 2):
+    """Pairs of pictures that show a rule, and a picture to apply it to."""
+    rule = draw_rule(rng)
+    befores = [scene() for _ in range(examples + 1)]
+    afters = [rule(own) for own in befores]
+    # An example that nothing changes in shows nothing.
+    if any(before == after for before, after in zip(befores, afters)):
+        return None
+    pairs = [render(own, size) for pair in zip(befores, afters) for own in pair]
+    return [user(*[IMAGE] * (2 * examples + 1), EXAMPLE_PROMPT), assistant(IMAGE)], pairs
+
+
+def _subject(rng, scene, size):
+    """A picture of one object; the same object in a new setting."""
+    own = scene()
+    subject = own.objects[0]
+    places = _places(own)
+    kinds = [(each.shape, each.color, each.size) for each in own.objects]
+    if None in places or kinds[0] in kinds[1:]:
+        return None
+    cells = list(named_cells(subject.size, own.lattice))
+    reference = Scene(
+        (replace(subject, cell=cells[rng.integers(len(cells))]),),
+        tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))],
+        own.lattice,
+    )
+    if not is_trained(reference):
+        return None
+    text = ask_for_subject(own)
+    return [user(IMAGE, text), assistant(IMAGE)], [render(reference, size), render(own, size)]
+
+
+def ask_for_subject(scene: Scene) -> str:
+    """Words that ask for a scene whose first object is that of a picture: "this object on the left and ..."."""
+    words = []
+    for own, place in zip(scene.objects, _places(scene)):
+        name = phrase(Group(1, own.shape, own.color, own.size)) if words else SUBJECT_PROMPT
+        words.append(f"{name} {PLACES[place]}")
+    text = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+    return f"{text} on a {scene.background} background"
+
+
+def _places(scene: Scene) -> list[str | None]:
+    return [named_cells(own.size, scene.lattice).get(own.cell) for own in scene.objects]
+
+
+def _think(rng, scene, size, thinks: float = 0.75):
+    """A riddle and its picture; a share of them is thought through first."""
+    own = draw_riddle(rng)
+    picture = orderly_scene(own.facts, rng, lattice_for(size))
+    if not is_trained(picture):
+        return None
+    prompt = user(own.text)
+    if rng.random() < thinks:
+        return [prompt, assistant(thought_turn(own.thought), IMAGE)], [render(picture, size)]
+    return [prompt, assistant(IMAGE)], [render(picture, size)]
+
+
+def thought_turn(thought: str) -> str:
+    """How an assistant's turn shows a thought before its answer (Qwen's form)."""
+    return f"<think>\n{thought}\n</think>\n"
+
+
+def _story(rng, scene, size, frames: int = 5):
+    """A story of several pictures with text between."""
+    own = draw_story(rng, int(rng.integers(2, frames + 1)), lattice_for(size))
+    parts = [part for text in own.texts for part in (text, IMAGE)]
+    return [user(own.prompt), assistant(*parts, THE_END)], [render(one, size) for one in own.scenes]
+
+
+def _sign(rng, scene, size, reads: float = 0.35, documents: float = 0.25):
+    """Words to draw; a share of them to read."""
+    own = draw_sign(rng, "train", documents)
+    if rng.random() < reads:
+        return [user(IMAGE, READ_QUESTION), assistant(transcript(own))], [render_sign(own)]
+    return [user([words_of_sign(own, rng) for _ in range(2)]), assistant(IMAGE)], [render_sign(own)]
+
+
+TASKS: dict[str, Callable] = {
+    "draw": _draw,
+    "ask": _ask,
+    "edit": _edit,
+    "edit_turns": _edit_turns,
+    "compare": _compare,
+    "in_context": _in_context,
+    "subject": _subject,
+    "think": _think,
+    "story": _story,
+    "sign": _sign,
+}
