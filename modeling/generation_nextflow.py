@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .image_layout import block_positions, find_images, layout_sequences, read_grids
+from .masked_editing import KeptPicture, check_mask
 from .scale_schedule import Grid, all_blocks
 
 GENERATION_MODES = ("text", "image", "interleaved")
@@ -222,6 +223,9 @@ class NextScaleGenerationMixin(GenerationMixin):
                 * `seed`: one number (prompt i is drawn with seed + i), or one per prompt. A picture depends on its own
                   seed alone, not on what else is in the batch.
                 * `generator`: `torch.Generator`, or one per prompt, instead of `seed`.
+                * `mask`: `(height, width)` or one per prompt, not 0 where the last picture of each prompt is drawn
+                  anew; elsewhere it is kept, its codes at every scale and its pixels up to a soft edge one cell of the
+                  finest scale wide. The answer has its size.
                 * `negative_prompt_ids`, `negative_prompt_attention_mask`: what guidance leads away from; by default the
                   prompt without its text.
                 * `use_cache`, `cache_implementation` (`"dynamic"` or `"static"`): the key-value cache.
@@ -309,6 +313,7 @@ class NextScaleGenerationMixin(GenerationMixin):
         image_size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        mask: torch.Tensor | None = None,
         negative_prompt_ids: torch.LongTensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
         use_cache: bool = True,
@@ -329,7 +334,6 @@ class NextScaleGenerationMixin(GenerationMixin):
         sampling = self._image_sampling(
             guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p
         )
-        grids = self._check_sizes(image_size, batch)
         generators = _row_generators(seed, generator, batch)
         if cache_implementation not in ("dynamic", "static"):
             raise ValueError(f'`cache_implementation` must be "dynamic" or "static", got {cache_implementation!r}.')
@@ -337,6 +341,15 @@ class NextScaleGenerationMixin(GenerationMixin):
             image_codes, context_grids = self.model.encode_images(pixel_values, image_grids)
         else:
             context_grids = read_grids(image_grids) if image_grids is not None else []
+        kept = None
+        if mask is not None:
+            if image_size is not None:
+                raise ValueError(
+                    "With a `mask` the answer has the size of the picture; leave `image_size` out."
+                )
+            kept = self._kept_pictures(mask, input_ids, pixel_values, image_codes, context_grids)
+            image_size = [self.config.schedule.image_size(own.grids[-1]) for own in kept]
+        grids = self._check_sizes(image_size, batch)
 
         # 2. Every prompt ends with <boi>, the slot of the first scale.
         input_ids, attention_mask = self._append_boi(input_ids, attention_mask)
@@ -358,10 +371,12 @@ class NextScaleGenerationMixin(GenerationMixin):
             static_cache=cache_implementation == "static",
             callback=callback_on_scale_end,
             streamer=streamer,
+            kept=kept,
         )
-        return NextFlowImageOutput(
-            images=self._decode_pictures(codes, grids), codes=codes, grids=grids, log_probs=log_probs
-        )
+        images = self._decode_pictures(codes, grids)
+        if kept is not None:
+            images = [own.compose(image) for own, image in zip(kept, images)]
+        return NextFlowImageOutput(images=images, codes=codes, grids=grids, log_probs=log_probs)
 
     def _draw(
         self,
@@ -375,6 +390,7 @@ class NextScaleGenerationMixin(GenerationMixin):
         static_cache,
         callback,
         streamer,
+        kept,
     ) -> tuple[list[torch.LongTensor], list[torch.Tensor]]:
         """The next-scale loop. Returns the codes and log-probabilities of each picture.
 
@@ -424,6 +440,8 @@ class NextScaleGenerationMixin(GenerationMixin):
                     guided = (1 + strength) * conditional - strength * scores[batch + row, :slots]
                 uniforms = torch.rand(slots, generator=generators[row], dtype=torch.float64)
                 drawn = sample_codes(guided, uniforms.to(device), sampling.at(scale))
+                if kept is not None:
+                    drawn = kept[row].constrain(drawn, scale)
                 scales[row].append(drawn)
                 log_probs[row].append(conditional.log_softmax(dim=-1).gather(-1, drawn[:, None])[:, 0])
             # 4. Tell who watches.
@@ -442,6 +460,23 @@ class NextScaleGenerationMixin(GenerationMixin):
         if streamer is not None:
             streamer.end()
         return [torch.cat(own) for own in scales], [torch.cat(own) for own in log_probs]
+
+    def _kept_pictures(self, mask, input_ids, pixel_values, image_codes, context_grids) -> list[KeptPicture]:
+        """The last picture of each prompt with its mask."""
+        spans = find_images(input_ids, context_grids, self.config)
+        last = {span.row: index for index, span in enumerate(spans)}
+        if len(last) != len(input_ids):
+            raise ValueError("With a `mask` every prompt must hold the picture to edit; give `pixel_values`.")
+        indices = [last[row] for row in range(len(input_ids))]
+        grids = [context_grids[index] for index in indices]
+        sizes = [self.config.schedule.image_size(own[-1]) for own in grids]
+        masks = [own.to(input_ids.device) for own in check_mask(mask, sizes)]
+        pixels = [
+            None if pixel_values is None else pixel_values[index, :, :height, :width]
+            for index, (height, width) in zip(indices, sizes)
+        ]
+        codes = [image_codes[index][image_codes[index] >= 0] for index in indices]
+        return [KeptPicture(self.vq_model, *own) for own in zip(codes, grids, masks, pixels)]
 
     def _prompt_images(self, input_ids, context_grids, image_codes, grids, branches):
         """Grids and codes of all images in the rows, in order: those of the prompts, and the begun one of each row."""

@@ -344,6 +344,12 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
             codes=torch.cat(codes, dim=1), input_codes=torch.cat(input_codes, dim=1), features=features, grids=grids
         )
 
+    @torch.no_grad()
+    def nearest_codes(self, features: torch.Tensor, grid: Grid) -> torch.LongTensor:
+        """Codes `(batch, h, w)` of one scale that are nearest to features `(batch, code_dim, H, W)`."""
+        vectors = self.codebook.normalize(_pool(features, grid))
+        return self.codebook.nearest(vectors, self.codebook.table())[1][:, 0].view(len(features), *grid)
+
     # ---- decoding ----------------------------------------------------------------------------------------------------
 
     def split_codes(self, codes: torch.LongTensor, grids: Sequence[Grid]) -> list[torch.LongTensor]:

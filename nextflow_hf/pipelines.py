@@ -16,6 +16,7 @@ _DRAWING_ARGUMENTS = (
     "cache_implementation",
     "callback_on_scale_end",
     "streamer",
+    "mask",
 )
 
 

@@ -12,7 +12,8 @@ from .image_processing_base_nextflow import NextFlowImageProcessorKwargs
 
 # As in NextFlowConfig.
 _CONTEXT_IMAGES = ("scales", "scales+final", "final")
-# Qwen2.5's ChatML without a default system prompt. Every picture, drawn or given, stands between its own two tokens.
+# Qwen2.5's ChatML without a default system prompt, and Qwen3's switch for thinking, off where it is not named. Every
+# picture, drawn or given, stands between its own two tokens.
 CHAT_TEMPLATE = """\
 {%- macro render(content) -%}
 {%- if content is string -%}{{ content }}
@@ -37,6 +38,9 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}
 {{- '<|im_start|>assistant\\n' -}}
+{%- if enable_thinking is defined and enable_thinking -%}
+{{- '<think>\\n' -}}
+{%- endif -%}
 {%- endif -%}
 """
 

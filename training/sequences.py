@@ -72,17 +72,20 @@ class SequenceBuilder:
         places = sum(part["type"] == "image" for turn in messages for part in _parts(turn))
         if places != len(images):
             raise ValueError(f"The document has places for {places} pictures, but {len(images)} were given.")
+        # A picture that is all of the last turn is looked at by nothing.
+        ends_drawing = [part["type"] for part in _parts(messages[-1])] == ["image"]
         if without_prompt:
             answer = {**messages[-1], "role": None}
             kept = sum(part["type"] == "image" for part in _parts(answer))
-            return self._join([[*_marked(answer), ("<|im_end|>", True)]], images[len(images) - kept :], opens=False)
+            turn = [*_marked(answer), ("<|im_end|>", True)]
+            return self._join([turn], images[len(images) - kept :], opens=False, ends_drawing=ends_drawing)
         turns = []
         for number, turn in enumerate(messages):
             learned = is_learned(turn)
             before, after = ("", "") if turn["role"] is None else (f"<|im_start|>{turn['role']}\n", "<|im_end|>")
             gap = "\n" if number else ""
             turns.append([(gap + before, False), *_marked(turn, learned), (after, learned)])
-        return self._join(turns, images, opens=messages[0]["role"] is not None)
+        return self._join(turns, images, messages[0]["role"] is not None, ends_drawing)
 
     def draw(
         self,
@@ -101,21 +104,19 @@ class SequenceBuilder:
         messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
         return self.build(messages, [CodedImage(codes, grids)])
 
-    def _join(self, turns: list[list[tuple]], images: Sequence[CodedImage], opens: bool) -> dict:
+    def _join(self, turns: list[list[tuple]], images: Sequence[CodedImage], opens: bool, ends_drawing: bool) -> dict:
         """Tokens and labels of pieces (text or `None` for an image, whether it is learned)."""
         sequence = {"input_ids": [], "labels": [], "codes": [], "image_labels": [], "grids": []}
-        pieces = [piece for turn in turns for piece in turn]
-        # What only the end of its turn follows is looked at by nothing.
-        last = max(number for number, (text, _) in enumerate(pieces) if text not in ("", "<|im_end|>"))
         left = list(images)
         waiting: list[tuple[str, bool]] = []
-        for number, (text, learned) in enumerate(pieces):
+        for text, learned in (piece for turn in turns for piece in turn):
             if text is not None:
                 waiting.append((text, learned))
                 continue
             self._add_text(sequence, waiting)
             waiting = []
-            if not self._add_image(sequence, left.pop(0), learned, is_followed=number < last):
+            image = left.pop(0)
+            if not self._add_image(sequence, image, learned, is_followed=bool(left) or not ends_drawing):
                 return self._without_first_label(sequence)
         self._add_text(sequence, waiting)
         return sequence if opens else self._without_first_label(sequence)

@@ -7,6 +7,7 @@ from small_models import small_model
 from transformers import GenerationConfig
 
 from nextflow_hf.modeling.generation_nextflow import ImageSampling, ScaleStreamer, ramp, sample_codes
+from nextflow_hf.modeling.masked_editing import KeptPicture, soft_edge
 
 PROMPTS = {
     "input_ids": torch.tensor([[0, 0, 0, 7], [8, 9, 10, 11], [0, 12, 13, 14], [0, 0, 15, 16]]),
@@ -341,3 +342,74 @@ def test_refuses_sizes_the_checkpoint_was_not_trained_for():
     with pytest.raises(ValueError, match="trained to draw"):
         draw(model, image_size=(16, 48))
     assert draw(model, image_size=None).images[0].shape == (3, 32, 32)
+
+
+# ---- masked editing --------------------------------------------------------------------------------------------------
+
+
+def edit_inputs(seed=0):
+    """Two prompts with a picture each."""
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    image = [3, *[5] * 29, 4]
+    ids = torch.tensor([[7, 6, *image, 8], [9, 10, *image, 11]])
+    return {"input_ids": ids, "pixel_values": pixels}
+
+
+def left_half():
+    mask = torch.zeros(32, 32)
+    mask[:, :16] = 1
+    return mask
+
+
+def test_a_mask_keeps_the_rest_to_the_pixel():
+    model = small_model()
+    inputs = edit_inputs()
+    out = model.generate(**inputs, **DRAW, mask=left_half())
+    free = model.generate(**inputs, **DRAW, image_size=(32, 32))
+    for own, before, other in zip(out.images, inputs["pixel_values"], free.images):
+        # One cell of the finest scale is 8 pixels.
+        assert torch.equal(own[..., 24:], before[..., 24:])
+        assert not torch.equal(own[..., :16], before[..., :16])
+        assert not torch.equal(own, other)
+
+
+def test_a_mask_keeps_codes_while_nothing_coarser_has_changed():
+    model = small_model()
+    inputs = edit_inputs()
+    codes, grids = model.model.encode_images(inputs["pixel_values"])
+    kept = KeptPicture(model.vq_model, codes[0], grids[0], left_half() > 0)
+    own = model.vq_model.split_codes(codes[:1], grids[0])
+    # Drawn as it was, nothing changes; drawn otherwise on the left, the right still has codes of the picture.
+    for scale, scale_codes in enumerate(own):
+        assert torch.equal(kept.constrain(scale_codes.flatten(), scale), scale_codes.flatten())
+    other = KeptPicture(model.vq_model, codes[0], grids[0], left_half() > 0)
+    for scale, scale_codes in enumerate(own[:2]):
+        drawn = scale_codes.flatten() if scale == 0 else (scale_codes.flatten() + 1) % 32
+        constrained = other.constrain(drawn, scale).view(grids[0][scale])
+        if scale == 1:
+            assert torch.equal(constrained[:, 1], scale_codes[0, :, 1])
+            assert torch.equal(constrained[:, 0], drawn.view(2, 2)[:, 0])
+
+
+def test_the_edge_is_soft():
+    mask = torch.zeros(6, 12, dtype=torch.bool)
+    mask[:, :2] = True
+    assert soft_edge(mask, 4)[3].tolist() == [1, 1, 0.75, 0.5, 0.25, 0, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(16, 16), "32x32 pixels"),
+        (torch.zeros(32, 32), "mask is empty"),
+        (torch.ones(3, 32, 32), "each of the 2 prompts"),
+    ],
+)
+def test_refuses_masks_that_do_not_fit(mask, message):
+    with pytest.raises(ValueError, match=message):
+        small_model().generate(**edit_inputs(), **DRAW, mask=mask)
+
+
+def test_refuses_a_mask_without_a_picture():
+    with pytest.raises(ValueError, match="must hold the picture"):
+        small_model().generate(**PROMPTS, **DRAW, mask=left_half())
