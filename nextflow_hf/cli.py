@@ -1,4 +1,4 @@
-"""The command line: `nextflow-hf generate | describe | train | extract | evaluate | demo`."""
+"""The command line: `nextflow-hf generate | describe | edit | story | chat | train | extract | evaluate | demo`."""
 
 import argparse
 import json
@@ -6,6 +6,8 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+
+from .files import save_picture, write_whole
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,6 +43,34 @@ def _parser() -> argparse.ArgumentParser:
     describe.add_argument("--checkpoint", default="mini")
     describe.set_defaults(run=_describe)
 
+    edit = commands.add_parser("edit", help="change a picture by an instruction")
+    edit.add_argument("picture", type=Path)
+    edit.add_argument("instruction")
+    edit.add_argument("--checkpoint", default="mini")
+    edit.add_argument("--mask", type=Path, help="picture of the same size, white where something may change")
+    edit.add_argument("--size", type=_size, help="HEIGHTxWIDTH: put the picture on a larger canvas and draw the rest")
+    edit.add_argument("--output", type=Path, default=Path("edited.png"))
+    edit.add_argument("--seed", type=int, default=0)
+    _add_sampling(edit)
+    edit.set_defaults(run=_edit)
+
+    story = commands.add_parser("story", help="tell a story in text and pictures, as Markdown with PNG files")
+    story.add_argument("prompt")
+    story.add_argument("--checkpoint", default="mini")
+    story.add_argument("--output", type=Path, default=Path("story"), help="folder for story.md and its pictures")
+    story.add_argument("--size", type=_size, help="HEIGHTxWIDTH in pixels")
+    story.add_argument("--gif", action="store_true", help="write the pictures as frames.gif as well")
+    story.add_argument("--think", action="store_true", help="let the model write down a thought first")
+    story.add_argument("--max-images", type=int, default=8)
+    story.add_argument("--seed", type=int, default=0)
+    story.set_defaults(run=_story)
+
+    chat = commands.add_parser("chat", help="talk with a checkpoint in words and pictures")
+    chat.add_argument("--checkpoint", default="mini")
+    chat.add_argument("--folder", type=Path, help="keep the conversation there, or go on with the one that is there")
+    chat.add_argument("--seed", type=int, default=0)
+    chat.set_defaults(run=_chat)
+
     train = commands.add_parser("train", help="run a training recipe")
     train.add_argument("recipe", help="name of a bundled recipe, or a YAML file")
     train.add_argument("overrides", nargs="*", help="key.sub=value")
@@ -59,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--prompts", type=int, default=100, help="prompts per category")
     evaluate.add_argument("--images", type=int, default=4, help="pictures per prompt")
     evaluate.add_argument("--captions", type=int, default=500, help="pictures to describe")
+    evaluate.add_argument("--tests", type=int, default=200, help="tests of each further ability; 0 leaves them out")
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument("--output", type=Path, help="JSON file for the scores and all settings")
     _add_sampling(evaluate)
@@ -112,7 +143,7 @@ def _generate(args: argparse.Namespace) -> None:
     pictures = draw_prompts(model, processor, [args.prompt] * args.count, seeds, args.count, **sizes, **_sampling(args))
     for seed, picture in zip(seeds, pictures):
         path = args.output / f"{seed:04d}.png"
-        write_whole(path, lambda file, own=picture: own.save(file, format="PNG"))
+        save_picture(picture, path)
         print(path)
 
 
@@ -124,6 +155,51 @@ def _describe(args: argparse.Namespace) -> None:
     picture = Image.open(args.picture)
     model, processor = load(args.checkpoint)
     print(describe_pictures(model, processor, [picture], args.question)[0])
+
+
+def _edit(args: argparse.Namespace) -> None:
+    from PIL import Image
+
+    from .inference import edit_picture, load, place_on_canvas
+
+    if args.mask is not None and args.size is not None:
+        raise ValueError("Give --mask or --size, not both: a larger canvas has its own mask.")
+    picture = Image.open(args.picture).convert("RGB")
+    mask = None if args.mask is None else Image.open(args.mask).convert("L")
+    if args.size is not None:
+        picture, mask = place_on_canvas(picture, args.size)
+    model, processor = load(args.checkpoint)
+    edited = edit_picture(model, processor, picture, args.instruction, mask, args.seed, **_sampling(args))
+    save_picture(edited, args.output)
+    print(args.output)
+
+
+def _story(args: argparse.Namespace) -> None:
+    from .chat import write_story
+    from .inference import load, tell, user
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    model, processor = load(args.checkpoint)
+    size = {} if args.size is None else {"image_size": args.size}
+    (parts,) = tell(
+        model,
+        processor,
+        [[user(args.prompt)]],
+        [args.seed],
+        enable_thinking=args.think,
+        max_images=args.max_images,
+        **size,
+    )
+    for path in write_story(args.prompt, parts, args.output, args.gif):
+        print(path)
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from .chat import Chat, run_chat
+    from .inference import load
+
+    model, processor = load(args.checkpoint)
+    run_chat(Chat(model, processor, args.folder, args.seed))
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -156,7 +232,9 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-    result = evaluate_scenes(args.checkpoint, args.prompts, args.images, args.captions, args.seed, **_sampling(args))
+    result = evaluate_scenes(
+        args.checkpoint, args.prompts, args.images, args.captions, args.tests, args.seed, **_sampling(args)
+    )
     if args.output is not None:
         write_whole(args.output, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
     print(table(result))
@@ -166,19 +244,6 @@ def _demo(args: argparse.Namespace) -> None:
     from .demo import run_demo
 
     run_demo(args.output)
-
-
-def write_whole(path: Path, write) -> None:
-    """Let `write` fill a binary file under a temporary name, then rename it: the file is whole or absent."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        with open(unfinished, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from .cli import write_whole
+from .files import save_picture, write_whole
 from .inference import describe_pictures, draw_prompts, load
 from .scenes import SceneSource
 
@@ -34,7 +34,7 @@ def run_demo(folder: Path) -> None:
         model, processor, [p for p in PROMPTS for _ in range(SEEDS)], [s for _ in PROMPTS for s in range(SEEDS)]
     )
     columns = [pictures[i * SEEDS : (i + 1) * SEEDS] for i in range(len(PROMPTS))]
-    _save(contact_sheet(PROMPTS, columns), folder / "contact_sheet.png")
+    save_picture(contact_sheet(PROMPTS, columns), folder / "contact_sheet.png")
 
     # 2. One picture after every scale.
     frames: list[Image.Image] = []
@@ -62,7 +62,7 @@ def run_demo(folder: Path) -> None:
     pictures = [Image.fromarray(source.image(index)) for index in range(len(source))]
     for index, (picture, answer) in enumerate(zip(pictures, describe_pictures(model, processor, pictures))):
         path = folder / f"described-{index}.png"
-        _save(picture.resize((256, 256), Image.Resampling.NEAREST), path)
+        save_picture(picture.resize((256, 256), Image.Resampling.NEAREST), path)
         print(f"{path}: {answer}")
     print(f"{folder / 'contact_sheet.png'}: {len(PROMPTS)} prompts x {SEEDS} seeds")
     print(f"{folder / 'sharpening.gif'}: {prompt!r}, scale by scale")
@@ -87,7 +87,3 @@ def _wrap(text: str, width: int = 22) -> str:
     for word in text.split():
         lines = [*lines, word] if len(lines[-1]) + len(word) > width else [*lines[:-1], f"{lines[-1]} {word}".strip()]
     return "\n".join(lines)
-
-
-def _save(picture: Image.Image, path: Path) -> None:
-    write_whole(path, lambda file: picture.save(file, format="PNG"))

@@ -10,7 +10,9 @@ import torch
 import transformers
 
 from . import MINI, __version__
+from .abilities import Tested, score_abilities
 from .inference import describe_pictures, draw_prompts, load
+from .intervals import interval, resample, summarize
 from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from .processing.processing_nextflow import NextFlowProcessor
 from .scenes import (
@@ -60,10 +62,10 @@ def score_drawing(
     )
     passed = np.array([referee.judge(own, prompts[index].facts).passed for (index, _), own in zip(jobs, pictures)])
     by_category = passed.reshape(len(CATEGORIES), prompts_per_category, images_per_prompt).mean(axis=-1)
-    resampled = _resample(by_category, np.random.default_rng(0))
-    result = {"overall": _interval(by_category.mean(), resampled.mean(axis=0))}
+    resampled = resample(by_category, np.random.default_rng(0))
+    result = {"overall": summarize(by_category.mean(), resampled.mean(axis=0))}
     for name, scores, draws in zip(CATEGORIES, by_category, resampled):
-        result[name] = _interval(scores.mean(), draws)
+        result[name] = summarize(scores.mean(), draws)
     return result
 
 
@@ -82,8 +84,7 @@ def score_captions(
     for index, text in enumerate(answers):
         facts = parse(text)
         right.append(facts is not None and is_complete(facts) and facts_match(facts, source.scene(index)))
-    right = np.array(right, float)
-    return _interval(right.mean(), _resample(right[None, :], np.random.default_rng(0))[0])
+    return interval(right)
 
 
 def score_tokenizer(
@@ -130,12 +131,14 @@ def evaluate_scenes(
     prompts_per_category: int = 100,
     images_per_prompt: int = 4,
     captions: int = 500,
+    tests: int = 200,
     seed: int = 0,
     **sampling,
 ) -> dict:
     """Everything that is measured of a checkpoint on scenes, with every setting that moves a score.
 
-    The first of the checkpoint's sizes is measured in full; of the others, drawing with one picture a prompt.
+    The first of the checkpoint's sizes is measured in full; of the others, drawing with one picture a prompt. `tests`
+    are those of each further ability ([`abilities`]), measured at every square size; 0 leaves them out.
     """
     model, processor = load(checkpoint)
     size, *other_sizes = _sizes(model)
@@ -153,6 +156,11 @@ def evaluate_scenes(
         }
     if model.config.abilities is None or "caption" in model.config.abilities:
         result["captions"] = score_captions(model, processor, captions, seed=seed)
+    if tests:
+        squares = [own for own in (size, *other_sizes) if own[0] == own[1]]
+        result["abilities"] = {
+            f"{own[0]}x{own[1]}": score_abilities(Tested(model, processor, own, tests, seed)) for own in squares
+        }
     chosen = model._image_sampling(
         **{name: sampling.get(name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
     )
@@ -164,6 +172,7 @@ def evaluate_scenes(
         "prompts_per_category": prompts_per_category,
         "images_per_prompt": images_per_prompt,
         "captions": captions,
+        "tests": tests,
         "seed": seed,
         "sampling": vars(chosen),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -189,6 +198,12 @@ def table(result: dict) -> str:
     if "captions" in result:
         own = result["captions"]
         lines.append(f"| captions | {own['score']:.3f} | {own['low']:.3f} to {own['high']:.3f} |")
+    for size, scores in result.get("abilities", {}).items():
+        for name, own in scores.items():
+            if isinstance(own, dict):
+                lines.append(f"| {name} ({size}) | {own['score']:.3f} | {own['low']:.3f} to {own['high']:.3f} |")
+            else:
+                lines.append(f"| {name} ({size}) | {own:.3f} | |")
     tokenizer = result["tokenizer"]
     lines.append(f"| tokenizer PSNR | {tokenizer['psnr']:.2f} dB | |")
     lines.append(f"| tokenizer codebook use | {tokenizer['codebook_use']:.1%} | |")
@@ -214,14 +229,3 @@ def _sizes(model) -> list[tuple[int, int]]:
 
 def _first_size(model) -> tuple[int, int]:
     return _sizes(model)[0]
-
-
-def _resample(scores: np.ndarray, rng: np.random.Generator, draws: int = 2000) -> np.ndarray:
-    """Bootstrap means over the last axis: `(rows, n)` -> `(rows, draws)`."""
-    picks = rng.integers(scores.shape[1], size=(draws, scores.shape[1]))
-    return scores[:, picks].mean(axis=-1)
-
-
-def _interval(score: float, resampled: np.ndarray) -> dict[str, float]:
-    low, high = np.quantile(resampled, (0.025, 0.975))
-    return {"score": round(float(score), 4), "low": round(float(low), 4), "high": round(float(high), 4)}

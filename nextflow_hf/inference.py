@@ -1,18 +1,127 @@
-"""Loading a checkpoint, drawing prompts and describing pictures: what the command line, demo and evaluation share."""
+"""Loading a checkpoint, and answering conversations in words, pictures or both: what the command line, the demo and the
+evaluation share."""
 
+from collections.abc import Sequence
+
+from PIL import Image
 from tqdm.auto import tqdm
-from transformers import AutoModelForMultimodalLM, AutoProcessor
+from transformers import AutoModelForMultimodalLM, AutoProcessor, BatchFeature
 
 from . import MINI
 from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from .processing.processing_nextflow import NextFlowProcessor
 from .scenes import QUESTION
 
+Conversation = list[dict]
+
 
 def load(checkpoint: str) -> tuple[NextFlowForConditionalGeneration, NextFlowProcessor]:
     """Model and processor of a checkpoint: "mini" (the bundled one), a folder or a Hub id."""
     path = MINI if checkpoint == "mini" else checkpoint
     return AutoModelForMultimodalLM.from_pretrained(path).eval(), AutoProcessor.from_pretrained(path)
+
+
+def user(*parts) -> dict:
+    """A user's turn of texts and pictures (PIL, array or tensor), in order."""
+    return {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": own} if isinstance(own, str) else {"type": "image", "image": own} for own in parts
+        ],
+    }
+
+
+def assistant(*parts) -> dict:
+    """An assistant's turn of texts and pictures."""
+    return {**user(*parts), "role": "assistant"}
+
+
+def prepare(
+    processor: NextFlowProcessor,
+    conversations: Sequence[Conversation],
+    resolution: int | None = None,
+    **template,
+) -> BatchFeature:
+    """Tensors of conversations that await an answer.
+
+    Args:
+        processor: The checkpoint's processor.
+        conversations: Turns as chat templates know them.
+        resolution: Level at which the model looks at pictures, as the side of a square one; the processor's by default.
+        template: What the chat template knows, such as `enable_thinking`.
+    """
+    images = {} if resolution is None else {"processor_kwargs": {"images_kwargs": {"resolution": resolution}}}
+    return processor.apply_chat_template(
+        list(conversations),
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+        **images,
+        **template,
+    )
+
+
+def draw(
+    model: NextFlowForConditionalGeneration,
+    processor: NextFlowProcessor,
+    conversations: Sequence[Conversation],
+    seeds: Sequence[int],
+    batch_size: int = 64,
+    resolution: int | None = None,
+    **sampling,
+) -> list[Image.Image]:
+    """One picture answers each conversation, each from its own seed; `sampling` goes to `generate`."""
+    pictures = []
+    for first in tqdm(range(0, len(conversations), batch_size), desc="draw"):
+        chosen = slice(first, first + batch_size)
+        inputs = prepare(processor, conversations[chosen], resolution)
+        output = model.generate(**inputs, generation_mode="image", seed=list(seeds[chosen]), **sampling)
+        pictures += processor.post_process_multimodal_output(output, generation_mode="image")
+    return pictures
+
+
+def answer(
+    model: NextFlowForConditionalGeneration,
+    processor: NextFlowProcessor,
+    conversations: Sequence[Conversation],
+    batch_size: int = 64,
+    resolution: int | None = None,
+    max_new_tokens: int = 80,
+) -> list[str]:
+    """The model's likeliest words in answer to each conversation."""
+    answers = []
+    for first in tqdm(range(0, len(conversations), batch_size), desc="answer"):
+        inputs = prepare(processor, conversations[first : first + batch_size], resolution)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answers
+
+
+def tell(
+    model: NextFlowForConditionalGeneration,
+    processor: NextFlowProcessor,
+    conversations: Sequence[Conversation],
+    seeds: Sequence[int],
+    enable_thinking: bool = False,
+    **generation,
+) -> list[list[str | Image.Image]]:
+    """Text and pictures in turn answer each conversation.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        conversations: Turns as chat templates know them.
+        seeds: A seed for the pictures of each.
+        enable_thinking: Whether the model first writes down a thought.
+        generation: Goes to `generate`, such as `image_size` and `max_images`.
+    """
+    answers = []
+    for conversation, seed in zip(tqdm(conversations, desc="tell"), seeds, strict=True):
+        inputs = prepare(processor, [conversation], enable_thinking=enable_thinking)
+        output = model.generate(**inputs, generation_mode="interleaved", seed=seed, do_sample=False, **generation)
+        answers += processor.post_process_multimodal_output(output, generation_mode="interleaved")
+    return answers
 
 
 def draw_prompts(
@@ -22,18 +131,9 @@ def draw_prompts(
     seeds: list[int],
     batch_size: int = 64,
     **sampling,
-) -> list:
-    """One PIL picture per prompt, each from its own seed; `sampling` goes to `generate`."""
-    pictures = []
-    for first in tqdm(range(0, len(prompts), batch_size), desc="draw"):
-        chosen = slice(first, first + batch_size)
-        messages = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in prompts[chosen]]
-        inputs = processor.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
-        )
-        output = model.generate(**inputs, generation_mode="image", seed=seeds[chosen], **sampling)
-        pictures += processor.post_process_multimodal_output(output, generation_mode="image")
-    return pictures
+) -> list[Image.Image]:
+    """One picture per prompt, each from its own seed; `sampling` goes to `generate`."""
+    return draw(model, processor, [[user(text)] for text in prompts], seeds, batch_size, **sampling)
 
 
 def describe_pictures(
@@ -44,15 +144,79 @@ def describe_pictures(
     batch_size: int = 64,
 ) -> list[str]:
     """The model's likeliest answer to a question about each picture (PIL, array or tensor)."""
-    answers = []
-    for first in tqdm(range(0, len(pictures), batch_size), desc="describe"):
-        messages = [
-            [{"role": "user", "content": [{"type": "image", "image": own}, {"type": "text", "text": question}]}]
-            for own in pictures[first : first + batch_size]
-        ]
-        inputs = processor.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
-        )
-        output = model.generate(**inputs, max_new_tokens=80, do_sample=False)
-        answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return answers
+    return answer(model, processor, [[user(own, question)] for own in pictures], batch_size)
+
+
+def edit_picture(
+    model: NextFlowForConditionalGeneration,
+    processor: NextFlowProcessor,
+    picture: Image.Image,
+    instruction: str,
+    mask: Image.Image | None = None,
+    seed: int = 0,
+    **sampling,
+) -> Image.Image:
+    """Change a picture by an instruction.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        picture: The picture; the answer has its aspect ratio as the model sees it.
+        instruction: What to do.
+        mask: White where the picture may change, of the picture's own size; everything else is kept to the pixel.
+        seed: Seed of what is drawn.
+        sampling: Goes to `generate`.
+
+    Raises:
+        ValueError: If the mask has another size than the picture.
+    """
+    resolution = own_resolution(model, picture)
+    inputs = prepare(processor, [[user(picture, instruction)]], resolution)
+    height, width = _size_of(model, inputs["image_grids"][-1])
+    if mask is None:
+        sampling["image_size"] = (height, width)
+    else:
+        if mask.size != picture.size:
+            raise ValueError(f"The mask has {mask.size} pixels (width, height), the picture {picture.size}.")
+        images = {} if resolution is None else {"resolution": resolution}
+        pixels = processor.image_processor(mask.convert("RGB"), return_tensors="pt", **images)["pixel_values"]
+        sampling["mask"] = pixels[0, 0, :height, :width] > 0
+    output = model.generate(**inputs, generation_mode="image", seed=seed, **sampling)
+    return processor.post_process_multimodal_output(output, generation_mode="image")[0]
+
+
+def place_on_canvas(picture: Image.Image, size: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
+    """A picture in the middle of a larger one of (height, width), as large as fits, and the mask of what is new there.
+
+    With [`edit_picture`] the rest is drawn: another aspect ratio, or more of the scene.
+
+    Raises:
+        ValueError: If the picture would fill the canvas.
+    """
+    height, width = size
+    scale = min(height / picture.height, width / picture.width, 1.0)
+    inner = picture.convert("RGB").resize((round(picture.width * scale), round(picture.height * scale)))
+    if inner.size == (width, height):
+        raise ValueError(f"A picture of this shape fills {height}x{width} pixels; there is nothing to add.")
+    border = [inner.getpixel((x, y)) for x in (0, inner.width - 1) for y in (0, inner.height - 1)]
+    canvas = Image.new("RGB", (width, height), max(border, key=border.count))
+    mask = Image.new("L", (width, height), 255)
+    corner = ((width - inner.width) // 2, (height - inner.height) // 2)
+    canvas.paste(inner, corner)
+    mask.paste(0, (*corner, corner[0] + inner.width, corner[1] + inner.height))
+    return canvas, mask
+
+
+def own_resolution(model: NextFlowForConditionalGeneration, picture: Image.Image) -> int | None:
+    """Level of a picture of a size that the model was trained for; `None` for other pictures."""
+    trained = model.config.trained_image_sizes or ()
+    schedule = model.config.schedule
+    if [picture.height, picture.width] not in [list(size) for size in trained]:
+        return None
+    return schedule.sides[schedule.level_for_size(picture.height, picture.width) - 1] * schedule.downsample
+
+
+def _size_of(model: NextFlowForConditionalGeneration, grids) -> tuple[int, int]:
+    """(height, width) in pixels of a picture with these scales, padded with zeros."""
+    last = [own for own in grids.tolist() if own[0]][-1]
+    return model.config.schedule.image_size(tuple(last))

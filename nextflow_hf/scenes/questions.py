@@ -158,7 +158,7 @@ _ASK: dict[str, Callable] = {
     "what": _what,
     "shape": _attribute("shape", "what shape is {}?"),
     "color": _attribute("color", "what color is {}?"),
-    "size": _attribute("size", "how large is {}?"),
+    "size": _attribute("size", "what size is {}?"),
     "where": _where,
     "count": _count,
     "exists": _exists,

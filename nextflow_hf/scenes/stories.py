@@ -1,10 +1,11 @@
 """Stories of a few pictures with text between: a subject that stays the same while the world around it changes."""
 
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .captions import Group, phrase
+from .captions import Group, parse, phrase
 from .edits import has_room, to_place
 from .sampling import is_trained
 from .world import BACKGROUNDS, COLORS, PLACES, SHAPES, Scene, SceneObject, named_cells
@@ -133,3 +134,48 @@ def _turn(rng: np.random.Generator, scene: Scene, the: str) -> tuple[str, Scene]
 
 
 _STEPS = (_go, _go, _come, _leave, _turn)
+
+
+# ---- reading a story back --------------------------------------------------------------------------------------------
+
+_TIME = re.compile(r"it (?:is|becomes) (day|evening|night)")
+_COMES = re.compile(rf"(an? .+?) (?:is|comes) ({'|'.join(PLACES.values())})")
+_GOES = re.compile(rf"the (\w+) (\w+) goes to the ({'|'.join(PLACES)})")
+_LEAVES = re.compile(r"the (\w+) (\w+) leaves")
+_BACKGROUND_OF = {words.removeprefix("it is "): name for name, words in _TIMES.items()}
+_PLACE_OF = {words: name for name, words in PLACES.items()}
+
+
+def replay(texts: list[str], lattice: tuple[int, int] = (4, 4)) -> list[Scene | None]:
+    """What each picture of a story must show by the texts told until then; `None` from where they make no sense."""
+    scenes: list[Scene | None] = []
+    scene: Scene | None = Scene((), "white", lattice)
+    for text in texts:
+        for sentence in text.strip().removesuffix(".").split(". "):
+            scene = None if scene is None else _apply(scene, sentence)
+        scenes.append(scene)
+    return scenes
+
+
+def _apply(scene: Scene, sentence: str) -> Scene | None:
+    try:
+        if found := _TIME.fullmatch(sentence):
+            return replace(scene, background=_BACKGROUND_OF[found[1]])
+        if found := _COMES.fullmatch(sentence):
+            (group,) = parse(found[1]).groups
+            cell = _cell_of(_PLACE_OF[found[2]], group.size, scene.lattice)
+            return replace(scene, objects=(*scene.objects, SceneObject(group.shape, group.color, group.size, cell)))
+        if found := _GOES.fullmatch(sentence) or _LEAVES.fullmatch(sentence):
+            (own,) = (each for each in scene.objects if (each.color, each.shape) == (found[1], found[2]))
+            others = tuple(each for each in scene.objects if each is not own)
+            if found.re is _LEAVES:
+                return replace(scene, objects=others)
+            return replace(scene, objects=(replace(own, cell=_cell_of(found[3], own.size, scene.lattice)), *others))
+    except (ValueError, AttributeError, KeyError):
+        # No such object, two of them, no room, or words for nothing of this world.
+        return None
+    return None
+
+
+def _cell_of(place: str, size: str, lattice: tuple[int, int]) -> tuple[int, int]:
+    return {name: cell for cell, name in named_cells(size, lattice).items()}[place]

@@ -5,10 +5,11 @@ import pytest
 from PIL import Image
 
 import nextflow_hf
-from nextflow_hf.cli import main, write_whole
+from nextflow_hf.cli import main
 from nextflow_hf.demo import contact_sheet
+from nextflow_hf.files import write_whole
 
-SMALL_RUN = ["--prompts", "2", "--images", "1", "--captions", "4"]
+SMALL_RUN = ["--prompts", "2", "--images", "1", "--captions", "4", "--tests", "2"]
 
 
 def test_generate_writes_the_same_pictures_for_a_seed(tmp_path, capsys):

@@ -1,0 +1,414 @@
+"""Scores of every ability beyond drawing and captions: edits, questions, comparison, examples, subjects, thinking,
+stories, words.
+
+Every test is of the test split, whose combinations training never saw, and is judged by the referee or by exact words.
+A score has `score`, and `low` and `high` of its 95 % interval from resampling the tests.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .inference import answer, assistant, draw, tell, user
+from .intervals import interval
+from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
+from .processing.processing_nextflow import NextFlowProcessor
+from .scenes import Referee, Scene, SignReader, draw_sign, lattice_for, render, render_sign, sample_scene, transcript
+from .scenes.edits import Edit, draw_edit, draw_edits, draw_rule
+from .scenes.questions import KINDS as QUESTION_KINDS
+from .scenes.questions import ask
+from .scenes.referee import Reading
+from .scenes.riddles import draw_riddle
+from .scenes.signs import SIGN_SIZE, letters_right, words_of_sign
+from .scenes.source import READ_QUESTION
+from .scenes.stories import draw_story, replay
+from .scenes.tasks import COMPARE_QUESTION, EXAMPLE_PROMPT, ask_for_subject
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What is tested, and how.
+
+    Attributes:
+        model: The checkpoint's model.
+        processor: Its processor.
+        size: (height, width) in pixels of the scenes.
+        number: Tests of each ability.
+        seed: Seed of the tests and of what is drawn.
+        split: Which combinations the tests show.
+    """
+
+    model: NextFlowForConditionalGeneration
+    processor: NextFlowProcessor
+    size: tuple[int, int]
+    number: int = 200
+    seed: int = 0
+    split: str = "test"
+
+    @property
+    def lattice(self) -> tuple[int, int]:
+        """(rows, columns) of the scenes."""
+        return lattice_for(self.size)
+
+    @property
+    def resolution(self) -> int:
+        """Level at which the model looks at the scenes."""
+        schedule = self.model.config.schedule
+        return schedule.sides[schedule.level_for_size(*self.size) - 1] * schedule.downsample
+
+    def rng(self, index: int) -> np.random.Generator:
+        """Randomness of test `index`."""
+        return np.random.default_rng((self.seed, 7, index))
+
+    def scenes(self, families: tuple[float, ...] = (0.2, 0.1, 0.5, 0.2)) -> list[tuple[Scene, np.random.Generator]]:
+        """A scene for each test, and what is left of its randomness."""
+        drawn = []
+        for index in range(self.number):
+            rng = self.rng(index)
+            drawn.append((sample_scene(rng, self.split, self.lattice, "placed", families), rng))
+        return drawn
+
+    def picture(self, scene: Scene) -> Image.Image:
+        """A scene's picture."""
+        return Image.fromarray(render(scene, self.size))
+
+    def draw(self, conversations: Sequence[list[dict]], **sampling) -> list[Image.Image]:
+        """The pictures that answer conversations."""
+        seeds = [self.seed + index for index in range(len(conversations))]
+        return draw(
+            self.model,
+            self.processor,
+            conversations,
+            seeds,
+            resolution=self.resolution,
+            **{"image_size": self.size, **sampling},
+        )
+
+    def answer(self, conversations: Sequence[list[dict]]) -> list[str]:
+        """The words that answer conversations."""
+        return answer(self.model, self.processor, conversations, resolution=self.resolution)
+
+
+# ---- seeing ----------------------------------------------------------------------------------------------------------
+
+
+def score_questions(tested: Tested) -> dict:
+    """Exact answers to questions of every kind, as many of each."""
+    questions = []
+    for number, (scene, rng) in enumerate(tested.scenes()):
+        kind = QUESTION_KINDS[number % len(QUESTION_KINDS)]
+        # Not every scene has a question of every kind.
+        while (own := ask(scene, rng, kind)) is None:
+            scene = sample_scene(rng, tested.split, tested.lattice, "placed", (0.2, 0.1, 0.5, 0.2))
+        questions.append((own, tested.picture(scene)))
+    answers = tested.answer([[user(picture, own.text)] for own, picture in questions])
+    right = np.array([own.answer == said.strip() for (own, _), said in zip(questions, answers)], float)
+    kinds = np.array([own.kind for own, _ in questions])
+    return {"questions": interval(right)} | {
+        f"questions: {kind}": interval(right[kinds == kind]) for kind in QUESTION_KINDS if (kinds == kind).any()
+    }
+
+
+def score_comparison(tested: Tested) -> dict:
+    """Exact answers to what changed between two pictures."""
+    edits = _edits(tested)
+    answers = tested.answer(
+        [[user(tested.picture(own.before), tested.picture(own.after), COMPARE_QUESTION)] for own in edits]
+    )
+    return {"comparison": interval([own.change == said.strip() for own, said in zip(edits, answers)])}
+
+
+# ---- editing ---------------------------------------------------------------------------------------------------------
+
+
+def score_edits(tested: Tested) -> dict:
+    """Single edits: whether what was to change did, whether the rest was kept, and both with nothing else there."""
+    edits = _edits(tested)
+    pictures = tested.draw([[user(tested.picture(own.before), own.text)] for own in edits])
+    referee = Referee(tested.lattice)
+    verdicts = np.array([judge_edit(own, referee.look(picture)) for own, picture in zip(edits, pictures)], float)
+    names = ("followed", "kept", "exact")
+    return {f"edits: {name}": interval(verdicts[:, place]) for place, name in enumerate(names)}
+
+
+def judge_edit(edit: Edit, reading: Reading) -> tuple[bool, bool, bool]:
+    """Whether a picture shows the change, keeps what was to be kept, and is exactly the changed scene."""
+    shown = _shown(reading)
+    is_background = edit.kind == "background"
+    gone = _shown(edit.before) - _shown(edit.after)
+    followed = (
+        reading.background == edit.after.background
+        if is_background
+        else _objects(edit.made) <= shown and not gone & shown
+    )
+    kept = _objects(edit.kept) <= shown and (is_background or reading.background == edit.before.background)
+    return followed, kept, reading.readable and shows(reading, edit.after)
+
+
+def score_conversations(tested: Tested, turns: int = 3) -> dict:
+    """Several edits in one conversation, each of the picture that the model drew before: the last is exactly right."""
+    conversations, wanted = [], []
+    for scene, rng in tested.scenes():
+        edits: list[Edit] = []
+        while len(edits) < turns:
+            edits = draw_edits(scene, rng, turns, trained=False)
+        conversations.append([user(tested.picture(scene), edits[0].text)])
+        wanted.append(edits)
+    for turn in range(turns):
+        pictures = tested.draw(conversations)
+        if turn + 1 < turns:
+            for own, picture, edits in zip(conversations, pictures, wanted):
+                own += [assistant(picture), user(edits[turn + 1].text)]
+    referee = Referee(tested.lattice)
+    right = [shows(referee.look(picture), edits[-1].after) for picture, edits in zip(pictures, wanted)]
+    return {f"{turns} edits in a row": interval(right)}
+
+
+def score_masks(tested: Tested) -> dict:
+    """Edits within a mask: how far pixels beyond one cell of its edge move from the tokenizer's round trip.
+
+    `change` is the mean absolute difference in 8-bit levels of what the model's codes decode to, before the picture's
+    own pixels are put back; `change_composed` is that of the answer from the original's pixels.
+    """
+    edits = [draw_edit(scene, rng, "recolor", trained=False) for scene, rng in tested.scenes()]
+    edits = [own for own in edits if own is not None][: max(1, tested.number // 4)]
+    changes, composed, followed = [], [], []
+    referee = Referee(tested.lattice)
+    downsample = tested.model.config.schedule.downsample
+    for own in edits:
+        (made,) = own.made
+        mask = np.zeros(tested.size, np.uint8)
+        pitch = [side // cells for side, cells in zip(tested.size, tested.lattice)]
+        row, column = made.cell
+        mask[row * pitch[0] : (row + made.span) * pitch[0], column * pitch[1] : (column + made.span) * pitch[1]] = 1
+        before = tested.picture(own.before)
+        (after,) = tested.draw([[user(before, own.text)]], mask=torch.from_numpy(mask), image_size=None)
+        outside = _grown(mask, downsample) == 0
+        composed.append(_difference(before, after)[outside].mean())
+        followed.append(judge_edit(own, referee.look(after))[0])
+        codes, grids = tested.model.model.encode_images(_pixels(before))
+        trip = tested.model.vq_model.decode(codes, grids[0])
+        again, _ = tested.model.model.encode_images(_pixels(after))
+        changes.append(_levels(trip - tested.model.vq_model.decode(again, grids[0]))[outside].mean())
+    return {
+        "masked edits: followed": interval(followed),
+        "masked edits: change outside, levels": round(float(np.mean(composed)), 4),
+        "masked edits: change outside after the tokenizer's round trip, levels": round(float(np.mean(changes)), 4),
+    }
+
+
+# ---- examples and subjects -------------------------------------------------------------------------------------------
+
+
+def score_examples(tested: Tested, examples: int = 2) -> dict:
+    """A rule shown by pairs of pictures, and the same query without them."""
+    with_examples, without, wanted = [], [], []
+    for _, rng in tested.scenes():
+        while True:
+            rule = draw_rule(rng)
+            befores = [
+                sample_scene(rng, tested.split, tested.lattice, "placed", (0.3, 0.1, 0.5, 0.1))
+                for _ in range(examples + 1)
+            ]
+            afters = [rule(scene) for scene in befores]
+            if all(before != after for before, after in zip(befores, afters)):
+                break
+        pictures = [tested.picture(own) for pair in zip(befores, afters) for own in pair]
+        with_examples.append([user(*pictures[:-1], EXAMPLE_PROMPT)])
+        without.append([user(pictures[-2], EXAMPLE_PROMPT)])
+        wanted.append(afters[-1])
+    referee = Referee(tested.lattice)
+    result = {}
+    for name, conversations in (("in-context edits", with_examples), ("in-context edits, no examples", without)):
+        pictures = tested.draw(conversations)
+        result[name] = interval([shows(referee.look(own), scene) for own, scene in zip(pictures, wanted)])
+    return result
+
+
+def score_subjects(tested: Tested) -> dict:
+    """An object from a picture, drawn in a new setting."""
+    conversations, wanted = [], []
+    for _, rng in tested.scenes():
+        while True:
+            scene = sample_scene(rng, tested.split, tested.lattice, "placed", (0.3, 0.0, 0.6, 0.1))
+            kinds = [(own.shape, own.color, own.size) for own in scene.objects]
+            if kinds[0] not in kinds[1:]:
+                break
+        subject = scene.objects[0]
+        reference = Scene((subject,), scene.background, scene.lattice)
+        conversations.append([user(tested.picture(reference), ask_for_subject(scene))])
+        wanted.append(scene)
+    referee = Referee(tested.lattice)
+    pictures = tested.draw(conversations)
+    return {"subject-driven": interval([shows(referee.look(own), one) for own, one in zip(pictures, wanted)])}
+
+
+# ---- thinking and telling --------------------------------------------------------------------------------------------
+
+
+def score_thinking(tested: Tested) -> dict:
+    """Riddles drawn at once, and after a thought."""
+    riddles = [draw_riddle(tested.rng(index), tested.split) for index in range(tested.number)]
+    conversations = [[user(own.text)] for own in riddles]
+    referee = Referee(tested.lattice)
+    at_once = tested.draw(conversations)
+    told = tell(
+        tested.model,
+        tested.processor,
+        conversations,
+        [tested.seed + index for index in range(tested.number)],
+        enable_thinking=True,
+        image_size=tested.size,
+        max_images=1,
+        max_new_tokens=80,
+    )
+    thought = [next((part for part in parts if isinstance(part, Image.Image)), None) for parts in told]
+    right = {
+        "riddles, drawn at once": [referee.judge(own, riddle.facts).passed for own, riddle in zip(at_once, riddles)],
+        "riddles, after a thought": [
+            own is not None and referee.judge(own, riddle.facts).passed for own, riddle in zip(thought, riddles)
+        ],
+    }
+    return {name: interval(own) for name, own in right.items()}
+
+
+def score_stories(tested: Tested) -> dict:
+    """Stories: whether the subject is in every frame, and each frame is as the texts until then say."""
+    number = max(1, tested.number // 4)
+    stories = [draw_story(tested.rng(index), lattice=tested.lattice, split=tested.split) for index in range(number)]
+    told = tell(
+        tested.model,
+        tested.processor,
+        [[user(own.prompt)] for own in stories],
+        [tested.seed + 10 * index for index in range(number)],
+        image_size=tested.size,
+        max_images=8,
+        max_new_tokens=200,
+    )
+    referee = Referee(tested.lattice)
+    kept, as_told, lengths = [], [], []
+    for story, parts in zip(stories, told):
+        readings = [referee.look(part) for part in parts if isinstance(part, Image.Image)]
+        texts = [part for part, after in itertools.pairwise(parts) if isinstance(after, Image.Image)]
+        scenes = replay([own if isinstance(own, str) else "" for own in texts], tested.lattice)
+        kept.append(bool(readings) and all(story.keeps_subject(own.objects) for own in readings))
+        as_told += [scene is not None and shows(reading, scene) for reading, scene in zip(readings, scenes)] or [False]
+        lengths.append(len(readings) == len(story.scenes))
+    return {
+        "stories: subject in every frame": interval(kept),
+        "stories: frames as told": interval(as_told),
+        "stories: as many frames as asked": interval(lengths),
+    }
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+
+def score_words(tested: Tested) -> dict:
+    """Words and lists drawn, and read: whole texts, and letters (1 - normalised edit distance)."""
+    signs = [draw_sign(tested.rng(index), tested.split) for index in range(tested.number)]
+    seeds = [tested.seed + index for index in range(tested.number)]
+    reader, right, letters = SignReader(), np.zeros(tested.number), np.zeros(tested.number)
+    is_list = np.array([bool(own.items) for own in signs])
+    for chosen in (~is_list, is_list):
+        places = np.flatnonzero(chosen)
+        if not len(places):
+            continue
+        pictures = draw(
+            tested.model,
+            tested.processor,
+            [[user(words_of_sign(signs[place]))] for place in places],
+            [seeds[place] for place in places],
+            image_size=signs[places[0]].size,
+        )
+        for place, picture in zip(places, pictures):
+            read, sign = reader.read(picture), signs[place]
+            right[place] = read.lines == (sign.text, *sign.items)
+            letters[place] = letters_right("\n".join(read.lines), "\n".join((sign.text, *sign.items)))
+    answers = answer(
+        tested.model, tested.processor, [[user(Image.fromarray(render_sign(own)), READ_QUESTION)] for own in signs]
+    )
+    read_right = np.array([said.strip() == transcript(own) for said, own in zip(answers, signs)], float)
+    return {
+        "words drawn": interval(right[~is_list]),
+        "words drawn: letters": interval(letters[~is_list]),
+        "lists drawn": interval(right[is_list]),
+        "lists drawn: letters": interval(letters[is_list]),
+        "words read": interval(read_right),
+    }
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------------
+
+# Ability of a checkpoint's configuration -> what is then scored.
+SCORES: dict[str, tuple[Callable, ...]] = {
+    "caption": (score_questions, score_comparison),
+    "edit": (score_edits, score_conversations, score_masks, score_examples, score_subjects),
+    "interleaved": (score_thinking, score_stories),
+}
+
+
+def score_abilities(tested: Tested) -> dict:
+    """Scores of all that the checkpoint says it can do, beyond drawing and captions of scenes.
+
+    Words are scored where it draws pictures of their size.
+    """
+    abilities = tested.model.config.abilities
+    result = {}
+    for name, scores in SCORES.items():
+        if abilities is None or name in abilities:
+            for score in scores:
+                result |= score(tested)
+    sizes = tested.model.config.trained_image_sizes
+    if sizes is None or list(SIGN_SIZE) in sizes:
+        result |= score_words(tested)
+    return result
+
+
+def shows(reading: Reading, scene: Scene) -> bool:
+    """Whether a picture shows exactly a scene: the same objects in the same cells, on the same background."""
+    return reading.readable and reading.background == scene.background and _shown(reading) == _shown(scene)
+
+
+def _shown(seen: Reading | Scene) -> frozenset:
+    return _objects(seen.objects)
+
+
+def _objects(objects) -> frozenset:
+    return frozenset((own.shape, own.color, own.size, tuple(own.cell)) for own in objects)
+
+
+def _edits(tested: Tested) -> list[Edit]:
+    """An edit for each test; kinds take turns where the scene allows."""
+    edits = []
+    for scene, rng in tested.scenes():
+        own = None
+        while own is None:
+            own = draw_edit(scene, rng, trained=False)
+            scene = sample_scene(rng, tested.split, tested.lattice, "placed", (0.2, 0.1, 0.5, 0.2))
+        edits.append(own)
+    return edits
+
+
+def _grown(mask: np.ndarray, cells: int) -> np.ndarray:
+    kernel = 2 * cells + 1
+    return torch.nn.functional.max_pool2d(torch.from_numpy(mask)[None].float(), kernel, stride=1, padding=cells)[
+        0
+    ].numpy()
+
+
+def _pixels(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def _levels(difference: torch.Tensor) -> np.ndarray:
+    """Mean absolute difference over channels in 8-bit levels `(height, width)`."""
+    return (difference[0].abs().mean(dim=0) * 127.5).numpy()
+
+
+def _difference(first: Image.Image, second: Image.Image) -> np.ndarray:
+    return np.abs(np.asarray(first, np.float32) - np.asarray(second, np.float32)).mean(axis=-1)

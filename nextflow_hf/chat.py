@@ -1,0 +1,187 @@
+"""A conversation in words and pictures that is kept in a folder: `nextflow-hf chat`, and stories written to files."""
+
+import base64
+import io
+import json
+import os
+from pathlib import Path
+
+from PIL import Image
+
+from .files import save_picture, write_whole
+from .inference import assistant, own_resolution, prepare, user
+from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
+from .processing.processing_nextflow import NextFlowProcessor
+
+Part = str | Image.Image
+_HISTORY = "history.json"
+
+
+class Chat:
+    """A conversation with a checkpoint.
+
+    Args:
+        model: A model with the ability "interleaved".
+        processor: Its processor.
+        folder: Where the conversation is kept; one that is there goes on. `None` keeps it in memory alone.
+        seed: Seed of what is drawn; every turn has its own from it.
+
+    Raises:
+        ValueError: If the folder holds something that is no conversation.
+    """
+
+    def __init__(
+        self,
+        model: NextFlowForConditionalGeneration,
+        processor: NextFlowProcessor,
+        folder: Path | None = None,
+        seed: int = 0,
+    ):
+        self.model, self.processor, self.folder, self.seed = model, processor, folder, seed
+        self.turns: list[dict] = []
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            if (folder / _HISTORY).is_file():
+                self.turns = _read(folder)
+
+    def say(self, *parts: Part, enable_thinking: bool = False, **generation) -> list[Part]:
+        """Take a turn, and return the answer's texts and pictures in order. A turn that fails leaves no trace.
+
+        Args:
+            parts: Texts and pictures of the turn.
+            enable_thinking: Whether the model first writes down a thought.
+            generation: Goes to `generate`. Pictures are drawn at the size of the last one in the conversation.
+        """
+        turns = [*self.turns, user(*parts)]
+        pictures = [item["image"] for turn in turns for item in turn["content"] if item["type"] == "image"]
+        resolution = own_resolution(self.model, pictures[-1]) if pictures else None
+        if resolution is not None:
+            generation.setdefault("image_size", pictures[-1].size[::-1])
+        inputs = prepare(self.processor, [turns], resolution, enable_thinking=enable_thinking)
+        output = self.model.generate(
+            **inputs, generation_mode="interleaved", seed=self.seed + len(turns), do_sample=False, **generation
+        )
+        (answer,) = self.processor.post_process_multimodal_output(output, generation_mode="interleaved")
+        answer = [part for part in answer if not isinstance(part, str) or part.strip()]
+        if not answer:
+            raise ValueError("The model ended its turn without an answer; say it in other words.")
+        self.turns = [*turns, assistant(*answer)]
+        if self.folder is not None:
+            self._write()
+        return answer
+
+    def _write(self) -> None:
+        """Pictures first, then the history that names them, so that a crash leaves the last whole conversation."""
+        saved, number = [], 0
+        for turn in self.turns:
+            content = []
+            for item in turn["content"]:
+                if item["type"] == "image":
+                    name = f"{number:04d}.png"
+                    if not (self.folder / name).is_file():
+                        save_picture(item["image"], self.folder / name)
+                    content.append({"type": "image", "image": name})
+                    number += 1
+                else:
+                    content.append(item)
+            saved.append({"role": turn["role"], "content": content})
+        text = json.dumps(saved, indent=1) + "\n"
+        write_whole(self.folder / _HISTORY, lambda file: file.write(text.encode()))
+
+
+def _read(folder: Path) -> list[dict]:
+    try:
+        turns = json.loads((folder / _HISTORY).read_text())
+        for turn in turns:
+            for item in turn["content"]:
+                if item["type"] == "image":
+                    item["image"] = Image.open(folder / item["image"]).convert("RGB")
+        return turns
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / _HISTORY} is no conversation that can go on: {error}") from error
+
+
+def run_chat(chat: Chat, read=input, show=print) -> None:
+    """Talk in a terminal until `/quit` or the end of input.
+
+    `/image PATH` adds a picture to the next turn, `/think` switches thinking, `/new` begins anew.
+    """
+    show("Say something. /image PATH adds a picture, /think switches thinking, /new begins anew, /quit ends.")
+    waiting: list[Part] = []
+    thinks = False
+    while True:
+        try:
+            line = read("> ").strip()
+        except EOFError:
+            return
+        command, _, argument = line.partition(" ")
+        try:
+            if command == "/quit":
+                return
+            if command == "/new":
+                chat.turns, waiting = [], []
+            elif command == "/think":
+                thinks = not thinks
+                show(f"thinking is {'on' if thinks else 'off'}")
+            elif command == "/image":
+                waiting.append(Image.open(Path(argument).expanduser()).convert("RGB"))
+            elif line.startswith("/"):
+                show(f"There is no command {command!r}.")
+            elif line:
+                for part in chat.say(*waiting, line, enable_thinking=thinks):
+                    show(part if isinstance(part, str) else in_terminal(part, chat.folder, len(chat.turns)))
+                waiting = []
+        except (ValueError, OSError) as error:
+            show(f"error: {error}")
+
+
+def in_terminal(picture: Image.Image, folder: Path | None, turn: int) -> str:
+    """What shows a picture in this terminal: itself where it can (kitty, iTerm2, WezTerm), else the file's path."""
+    encoded = io.BytesIO()
+    picture.resize((picture.width * 4, picture.height * 4), Image.Resampling.NEAREST).save(encoded, format="PNG")
+    data = base64.b64encode(encoded.getvalue()).decode()
+    if os.environ.get("KITTY_WINDOW_ID"):
+        chunks = [data[start : start + 4096] for start in range(0, len(data), 4096)]
+        head = ["a=T,f=100,"] + [""] * (len(chunks) - 1)
+        return "".join(
+            f"\033_G{first}m={int(number < len(chunks) - 1)};{chunk}\033\\"
+            for number, (first, chunk) in enumerate(zip(head, chunks))
+        )
+    if os.environ.get("TERM_PROGRAM") in ("iTerm.app", "WezTerm"):
+        return f"\033]1337;File=inline=1;size={len(encoded.getvalue())}:{data}\a"
+    if folder is not None:
+        return f"[picture: {sorted(folder.glob('*.png'))[-1]}]"
+    path = Path(f"picture-{turn:03d}.png")
+    save_picture(picture, path)
+    return f"[picture: {path}]"
+
+
+def write_story(prompt: str, parts: list[Part], folder: Path, gif: bool = False) -> list[Path]:
+    """Write texts and pictures as `story.md` with PNG files, and the pictures as `frames.gif` where `gif` says so.
+
+    Returns:
+        The files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lines, files, pictures = [f"# {prompt}", ""], [], []
+    for part in parts:
+        if isinstance(part, str):
+            lines += [part.strip(), ""]
+            continue
+        path = folder / f"{len(pictures):02d}.png"
+        save_picture(part, path)
+        lines += [f"![{path.stem}]({path.name})", ""]
+        pictures.append(part)
+        files.append(path)
+    if gif and pictures:
+        frames = [own.resize((own.width * 4, own.height * 4), Image.Resampling.NEAREST) for own in pictures]
+        files.append(folder / "frames.gif")
+        write_whole(
+            files[-1],
+            lambda file: frames[0].save(
+                file, format="GIF", save_all=True, append_images=frames[1:], duration=1000, loop=0
+            ),
+        )
+    story = folder / "story.md"
+    write_whole(story, lambda file: file.write("\n".join(lines).encode()))
+    return [story, *files]

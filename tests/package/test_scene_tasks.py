@@ -1,0 +1,247 @@
+"""Questions, edits, riddles, stories and words: what the tasks say is true of what they show."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nextflow_hf.abilities import judge_edit, shows
+from nextflow_hf.scenes import (
+    Referee,
+    Scene,
+    SceneObject,
+    SignReader,
+    TaskRecords,
+    draw_sign,
+    facts_match,
+    parse,
+    render,
+    render_sign,
+    sample_scene,
+)
+from nextflow_hf.scenes.edits import KINDS as EDITS
+from nextflow_hf.scenes.edits import Rule, draw_edit, draw_edits, has_room
+from nextflow_hf.scenes.questions import KINDS as QUESTIONS
+from nextflow_hf.scenes.questions import ask, ask_several, refer
+from nextflow_hf.scenes.riddles import KINDS as RIDDLES
+from nextflow_hf.scenes.riddles import draw_riddle
+from nextflow_hf.scenes.sampling import is_trained
+from nextflow_hf.scenes.signs import WORDS, Sign, letters_right, transcript
+from nextflow_hf.scenes.stories import draw_story, replay
+from nextflow_hf.scenes.tasks import TASKS
+
+CIRCLE = SceneObject("circle", "red", "large", (0, 0))
+STAR = SceneObject("star", "red", "small", (3, 3))
+SQUARE = SceneObject("square", "blue", "small", (0, 3))
+SCENE = Scene((CIRCLE, STAR, SQUARE), "gray")
+
+
+def scenes(number, split="train", seed=0):
+    rng = np.random.default_rng(seed)
+    return [(sample_scene(rng, split, (4, 4), "placed", (0.2, 0.2, 0.4, 0.2)), rng) for _ in range(number)]
+
+
+# ---- questions -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "answer"),
+    [
+        ("what", "what is at the top left?", "a large red circle"),
+        ("color", "what color is the square?", "blue"),
+        ("shape", "what shape is the blue object?", "square"),
+        ("size", "what size is the star?", "small"),
+        ("where", "where is the blue object?", "at the top right"),
+        ("count", "how many red objects are there?", "two"),
+        ("count", "how many objects are there?", "three"),
+        ("exists", "is there a red circle?", "yes"),
+        ("relation", "is the circle to the left of the square?", "yes"),
+        ("relation", "is the square above the circle?", "no"),
+        ("background", "what color is the background?", "gray"),
+    ],
+)
+def test_questions_of_a_scene(kind, text, answer):
+    asked = {own.text: own.answer for seed in range(300) if (own := ask(SCENE, np.random.default_rng(seed), kind))}
+    assert asked[text] == answer
+
+
+def test_words_for_a_thing_fit_it_alone_and_do_not_give_the_answer():
+    rng = np.random.default_rng(0)
+    assert {refer(SCENE, CIRCLE, rng) for _ in range(30)} == {"the circle", "the large object"}
+    assert refer(SCENE, STAR, rng, hidden=("shape",)) == "the small red object"
+    twins = Scene((STAR, SceneObject("star", "red", "small", (0, 0))))
+    assert refer(twins, twins.objects[0], rng) is None
+    for scene, rng in scenes(100):
+        for kind in ("color", "shape", "size"):
+            own = ask(scene, rng, kind)
+            assert own is None or own.answer not in own.text.split()
+
+
+def test_several_questions_differ():
+    for scene, rng in scenes(50):
+        texts = [own.text for own in ask_several(scene, rng, 5)]
+        assert len(texts) == len(set(texts)) >= 4
+    with pytest.raises(ValueError, match="one of the kinds"):
+        ask(SCENE, np.random.default_rng(0), "why")
+    assert len(QUESTIONS) == 9
+
+
+# ---- edits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_an_edit_changes_one_thing(kind):
+    found = 0
+    for scene, rng in scenes(80):
+        own = draw_edit(scene, rng, kind)
+        if own is None:
+            continue
+        found += 1
+        assert own.kind == kind and has_room(own.after) and is_trained(own.after)
+        added, removed = len(own.made), len(scene.objects) - len(own.kept)
+        expected = {"add": (1, 0), "remove": (0, 1), "background": (0, 0)}.get(kind, (1, 1))
+        assert (added, removed) == expected
+        assert (own.after.background != scene.background) == (kind == "background")
+    assert found > 10
+
+
+def test_a_picture_of_the_changed_scene_passes_and_others_do_not():
+    referee = Referee()
+    for scene, rng in scenes(40):
+        own = draw_edit(scene, rng)
+        assert judge_edit(own, referee.look(render(own.after))) == (True, True, True)
+        followed, kept, exact = judge_edit(own, referee.look(render(own.before)))
+        assert not followed and kept and not exact
+    edits = draw_edits(SCENE, np.random.default_rng(1), 3)
+    assert [own.before for own in edits[1:]] == [own.after for own in edits[:-1]]
+
+
+def test_rules_apply_to_every_object():
+    assert {own.color for own in Rule("color", "pink")(SCENE).objects} == {"pink"}
+    mirrored = Rule("mirror")(SCENE)
+    assert [own.cell for own in mirrored.objects] == [(0, 2), (3, 0), (0, 0)]
+    assert Rule("mirror")(mirrored) == SCENE
+    assert np.abs(render(SCENE)[:, ::-1].astype(int) - render(mirrored)).mean() < 1
+
+
+# ---- riddles and stories ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", RIDDLES)
+def test_a_thought_ends_in_what_is_to_be_drawn(kind):
+    for split in ("train", "test"):
+        for seed in range(30):
+            own = draw_riddle(np.random.default_rng(seed), split, kind)
+            assert parse(own.thought.rsplit(". so ", 1)[1]) == own.facts
+            assert parse(own.text) is None, "a riddle must not be a plain prompt"
+
+
+def test_sums_are_right():
+    values = {word: number for number, word in enumerate(("one", "two", "three", "four", "five", "six"), 1)}
+    for seed in range(60):
+        own = draw_riddle(np.random.default_rng(seed), kind=("sum", "difference")[seed % 2])
+        first, sign, second = own.text.split(" as ")[-1].split()
+        total = values[first] + (1 if sign == "plus" else -1) * values[second]
+        assert own.facts.count == total
+
+
+def test_stories_can_be_read_back():
+    for split in ("train", "test"):
+        for seed in range(40):
+            story = draw_story(np.random.default_rng(seed), split=split)
+            for told, shown in zip(replay(list(story.texts)), story.scenes, strict=True):
+                assert set(told.objects) == set(shown.objects) and told.background == shown.background
+            assert all(story.keeps_subject(scene.objects) for scene in story.scenes)
+            assert all(map(is_trained, story.scenes)) == (split == "train")
+    assert replay(["it is day. a small red circle is on the left.", "the blue star leaves.", "it becomes night."])[
+        1:
+    ] == [None, None]
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_the_reader_reads_what_was_written(split):
+    rng, reader = np.random.default_rng(0), SignReader()
+    for _ in range(80):
+        sign = draw_sign(rng, split)
+        noisy = np.clip(render_sign(sign) + rng.normal(0, 10, (*sign.size, 3)), 0, 255).astype(np.uint8)
+        assert reader.read(noisy).shows(sign), sign
+
+
+def test_the_reader_does_not_guess():
+    reader = SignReader()
+    assert reader.read(np.full((48, 80, 3), 255, np.uint8)).text == ""
+    noise = np.random.default_rng(0).integers(0, 256, (48, 80, 3)).astype(np.uint8)
+    assert not set(reader.read(noise).text) - {"?"}
+    spoiled = render_sign(Sign("SUN", "red"))
+    spoiled[8:40, 32:48] = spoiled[8:40, 32:48][::-1, ::-1].transpose(0, 1, 2)[:, :, ::1]
+    spoiled[20:24, 32:48] = (220, 20, 30)
+    assert reader.read(Image.fromarray(spoiled)).text != "SUN"
+    with pytest.raises(ValueError, match="A sign has"):
+        reader.read(np.zeros((64, 64, 3), np.uint8))
+
+
+def test_words_of_the_splits_do_not_meet():
+    rng = np.random.default_rng(0)
+    words = {
+        split: {line for _ in range(300) for own in [draw_sign(rng, split)] for line in (own.text, *own.items)}
+        for split in ("train", "validation", "test")
+    }
+    assert not words["train"] & set(WORDS) and not words["validation"] & words["test"]
+    assert words["test"] | words["validation"] <= set(WORDS)
+
+
+def test_signs_that_cannot_be_written_are_refused():
+    for make in (
+        lambda: Sign("lower", "red"),
+        lambda: Sign("TOOLONG", "red"),
+        lambda: Sign("OK", "brown"),
+        lambda: Sign("FOUR", "red", items=("A",)),
+    ):
+        with pytest.raises(ValueError):
+            make()
+    assert letters_right("SUN", "SUN") == 1 and letters_right("", "SUN") == 0
+    assert letters_right("SIN", "SUN") == pytest.approx(2 / 3)
+    assert transcript(Sign("PET", "red", items=("CAT", "DOG"))) == "PET: CAT, DOG"
+
+
+# ---- records ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_records_are_conversations_and_the_same_every_time(task):
+    records = TaskRecords(task, (32, 32), 12, seed=3)
+    for index in range(len(records)):
+        own, again = records[index], TaskRecords(task, (32, 32), 12, seed=3)[index]
+        assert own["messages"] == again["messages"]
+        assert all(np.array_equal(*pair) for pair in zip(own["images"], again["images"], strict=True))
+        roles = [turn["role"] for turn in own["messages"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        places = sum(part["type"] == "image" for turn in own["messages"] for part in turn["content"])
+        assert places == len(own["images"]) > 0
+
+
+def test_pictures_of_a_task_show_trained_combinations_alone():
+    referee = Referee()
+    for task in ("draw", "ask", "edit", "in_context", "subject", "think", "story"):
+        for index in range(8):
+            for image in TaskRecords(task, (64, 64), 8, seed=4)[index]["images"]:
+                reading = referee.look(image)
+                objects = tuple(
+                    SceneObject(own.shape, own.color, own.size, tuple(round(c) for c in own.cell))
+                    for own in reading.objects
+                )
+                if task != "in_context":
+                    assert is_trained(Scene(objects, reading.background)), task
+
+
+def test_a_drawn_prompt_says_what_the_picture_shows():
+    for index in range(30):
+        record = TaskRecords("draw", (64, 64), 30, seed=5)[index]
+        reading = Referee().look(record["images"][0])
+        for text in record["messages"][0]["content"][0]["text"]:
+            assert facts_match(parse(text), reading)
+    assert not shows(Referee().look(render(SCENE)), Scene((CIRCLE,), "gray"))
+    with pytest.raises(ValueError, match="A task is one of"):
+        TaskRecords("fly")
