@@ -70,6 +70,7 @@ DOCUMENT = Path("docs/ablations.md")
 PLOT = Path("docs/images/ablations.png")
 SHAPES = ("circle", "square", "cross", "diamond")
 LATTICE = (4, 4)
+TEXT_VOCABULARY = 512
 # Share of the combinations of colour, shape and place that training never sees.
 HELD_OUT = 0.15
 METRICS = ("seen", "unseen", "captions", "image_loss", "text_loss")
@@ -146,7 +147,11 @@ QUESTIONS = {
     "text": ("Text in the mix", {"no text": BASE, "25 % text": _of(text_share=0.25)}, METRICS),
     "context": (
         "What later text sees of a picture",
-        {"scales": BASE, "scales+final": _of(config={"context_image": "scales+final"})},
+        {
+            "scales": BASE,
+            "scales+final": _of(config={"context_image": "scales+final"}),
+            "final": _of(config={"context_image": "final"}),
+        },
         METRICS,
     ),
 }
@@ -265,8 +270,10 @@ def code_pictures(
 
 def new_decoder(variant: Variant, vq_model: NextFlowVQModel) -> NextFlowForConditionalGeneration:
     """A decoder of three layers with random weights."""
-    config = NextFlowConfig.from_preset("nextflow-mini", vq_config=vq_model.config, **variant.config)
+    own = {"code_start_id": TEXT_VOCABULARY, **variant.config}
+    config = NextFlowConfig.from_preset("nextflow-mini", vq_config=vq_model.config, **own)
     text = config.text_config.to_dict()
+    text.update(vocab_size=TEXT_VOCABULARY + vq_model.config.codebook_size)
     text.update(hidden_size=128, intermediate_size=352, num_hidden_layers=3, num_attention_heads=4, layer_types=None)
     text["rope_parameters"] = {**text["rope_parameters"], "mrope_section": [4, 6, 6]}
     config.text_config = type(config.text_config)(**text)

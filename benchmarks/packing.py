@@ -26,7 +26,7 @@ from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGenerat
 from nextflow_hf.training.packing import Bin, PackedSequences, SequenceCost, collate_packed, tokens_of
 from nextflow_hf.training.sequences import IGNORED, pad_rows, stack_images
 
-TEXT_VOCABULARY, CODES = 512, 512
+CODES = 512
 
 
 def build_config(width: int, layers: int) -> NextFlowConfig:

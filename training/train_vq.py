@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, Siglip2Config, Siglip2Model, Siglip2VisionModel
 
 from ..modeling.configuration_nextflow import NextFlowConfig, NextFlowVQConfig
-from ..modeling.modeling_nextflow_vq import NextFlowVQModel, NextFlowVQOutput, patchify
+from ..modeling.modeling_nextflow_vq import DualCodebook, NextFlowVQModel, NextFlowVQOutput, patchify
 from .data import PairSource, load_source, to_pixels
 from .recipe import Recipe
 from .stage_trainer import run_stage, save_whole
@@ -97,12 +97,16 @@ def train_vq(recipe: Recipe) -> None:
         model = NextFlowVQModel.from_pretrained(recipe.init_from["vq"])
         for name, value in recipe.config.items():
             setattr(model.config, name.removeprefix("vq."), value)
+        if model.codebook.size != model.config.codebook_size:
+            if phase != "joint":
+                raise ValueError('Only the phase "joint" makes a new codebook; leave `vq.codebook_size` out.')
+            model.codebook = DualCodebook(model.config)
     else:
         model = NextFlowVQModel(vq_config_of(recipe))
         model.semantic_encoder.load_state_dict(teacher.state_dict())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.split(".")[0] in _TRAINED_PARTS[phase])
-    if phase == "joint" and recipe.stage_args.get("new_codebook", True):
+    if phase == "joint":
         batch, *_ = by_size([source.image(index) for index in range(256)])
         model.start_codebook(batch, torch.Generator().manual_seed(0))
     model.to(memory_format=torch.channels_last)

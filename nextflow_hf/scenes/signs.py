@@ -106,11 +106,13 @@ def glyph(letter: str, height: int, font: str | None = None) -> np.ndarray:
     size = height * _FONT_SHARE
     scale = 4
     face = ImageFont.load_default(size * scale) if font is None else ImageFont.truetype(font, round(size * scale))
-    left, top, right, bottom = face.getbbox(letter)
+    # Half a pixel of stroke all round, so that the letters survive at this size.
+    stroke = scale // 2
+    left, top, right, bottom = face.getbbox(letter, stroke_width=stroke)
     ink = Image.new("L", (right - left, bottom - top))
-    ImageDraw.Draw(ink).text((-left, -top), letter, fill=255, font=face)
+    ImageDraw.Draw(ink).text((-left, -top), letter, fill=255, font=face, stroke_width=stroke)
     # All letters of a line are as tall as an E, and stand on the same base.
-    _, cap_top, _, cap_bottom = face.getbbox("E")
+    _, cap_top, _, cap_bottom = face.getbbox("E", stroke_width=stroke)
     widest = (SLOT - 2) * scale
     box = (min(ink.width, widest), min(ink.height, height * scale - 2))
     canvas = Image.new("L", (SLOT * scale, height * scale))
