@@ -169,14 +169,14 @@ def score_conversations(tested: Tested, turns: int = 3) -> dict:
 
 
 def score_masks(tested: Tested) -> dict:
-    """Edits within a mask: how far pixels beyond one cell of its edge move from the tokenizer's round trip.
+    """Edits within a mask: whether they follow, and how far pixels beyond one cell of its edge move.
 
-    `change` is the mean absolute difference in 8-bit levels of what the model's codes decode to, before the picture's
-    own pixels are put back; `change_composed` is that of the answer from the original's pixels.
+    The change is the mean absolute difference from the original in 8-bit levels; beside it that of the tokenizer's own
+    round trip, which is what an edit without a mask would leave at best.
     """
     edits = [draw_edit(scene, rng, "recolor", trained=False) for scene, rng in tested.scenes()]
     edits = [own for own in edits if own is not None][: max(1, tested.number // 4)]
-    changes, composed, followed = [], [], []
+    changes, trips, followed = [], [], []
     referee = Referee(tested.lattice)
     downsample = tested.model.config.schedule.downsample
     for own in edits:
@@ -188,16 +188,17 @@ def score_masks(tested: Tested) -> dict:
         before = tested.picture(own.before)
         (after,) = tested.draw([[user(before, own.text)]], mask=torch.from_numpy(mask), image_size=None)
         outside = _grown(mask, downsample) == 0
-        composed.append(_difference(before, after)[outside].mean())
+        changes.append(_difference(before, after)[outside].mean())
         followed.append(judge_edit(own, referee.look(after))[0])
         codes, grids = tested.model.model.encode_images(_pixels(before))
-        trip = tested.model.vq_model.decode(codes, grids[0])
-        again, _ = tested.model.model.encode_images(_pixels(after))
-        changes.append(_levels(trip - tested.model.vq_model.decode(again, grids[0]))[outside].mean())
+        (trip,) = tested.processor.post_process_multimodal_output(
+            tested.model.vq_model.decode(codes, grids[0]), generation_mode="image"
+        )
+        trips.append(_difference(before, trip)[outside].mean())
     return {
         "masked edits: followed": interval(followed),
-        "masked edits: change outside, levels": round(float(np.mean(composed)), 4),
-        "masked edits: change outside after the tokenizer's round trip, levels": round(float(np.mean(changes)), 4),
+        "masked edits: change outside, levels": round(float(np.mean(changes)), 4),
+        "masked edits: the tokenizer's own change outside, levels": round(float(np.mean(trips)), 4),
     }
 
 
@@ -405,10 +406,6 @@ def _pixels(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-def _levels(difference: torch.Tensor) -> np.ndarray:
-    """Mean absolute difference over channels in 8-bit levels `(height, width)`."""
-    return (difference[0].abs().mean(dim=0) * 127.5).numpy()
-
-
 def _difference(first: Image.Image, second: Image.Image) -> np.ndarray:
+    """Mean absolute difference over channels in 8-bit levels: float32 `(height, width)`."""
     return np.abs(np.asarray(first, np.float32) - np.asarray(second, np.float32)).mean(axis=-1)
