@@ -25,7 +25,7 @@ from .recipe import Recipe
 from .sequences import SequenceBuilder
 from .sharding import is_sharded
 from .stage_trainer import PictureCallback, run_stage, save_whole
-from .vocabulary import with_tokenizer
+from .vocabulary import with_vocabulary
 
 
 class DrawAndReadDataset(Dataset):
@@ -120,7 +120,7 @@ class SampleGridCallback(PictureCallback):
 def train_decoder(recipe: Recipe) -> None:
     """Train the decoder on a frozen tokenizer.
 
-    `init_from`: `tokenizer` (text), `vq`, and `decoder` to go on from, with whatever text tokenizer it had. What it
+    `init_from`: `tokenizer` (text), `vq`, and `decoder` to go on from, whatever text tokens and codes it had. What it
     trains on is either `data` (extracted datasets, mixed by weight) or a `source` of pictures of one size.
     `stage_args`:
 
@@ -210,7 +210,7 @@ def _decoder_of(recipe: Recipe, vq_model: NextFlowVQModel) -> NextFlowForConditi
     if "decoder" in recipe.init_from:
         model = NextFlowForConditionalGeneration.from_pretrained(recipe.init_from["decoder"])
         _set_entries(model, recipe.config)
-        model = _with_tokenizer_of(recipe, model)
+        model = _with_vocabulary_of(recipe, model, vq_model)
     else:
         own = {name: value for name, value in recipe.config.items() if not name.startswith(("vq.", "text."))}
         config = NextFlowConfig.from_preset(recipe.preset, vq_config=vq_model.config, **own)
@@ -225,16 +225,20 @@ def _decoder_of(recipe: Recipe, vq_model: NextFlowVQModel) -> NextFlowForConditi
     return model
 
 
-def _with_tokenizer_of(recipe: Recipe, model: NextFlowForConditionalGeneration) -> NextFlowForConditionalGeneration:
-    """The decoder with the recipe's text tokenizer, where it was trained with another one."""
-    if not (Path(recipe.init_from["decoder"]) / "tokenizer.json").is_file():
-        return model
-    before = PreTrainedTokenizerFast.from_pretrained(recipe.init_from["decoder"])
+def _with_vocabulary_of(
+    recipe: Recipe, model: NextFlowForConditionalGeneration, vq_model: NextFlowVQModel
+) -> NextFlowForConditionalGeneration:
+    """The decoder with the recipe's text tokens and codes, where it was trained with others."""
     after = PreTrainedTokenizerFast.from_pretrained(recipe.init_from["tokenizer"])
-    if before.get_vocab() == after.get_vocab():
+    has_own = (Path(recipe.init_from["decoder"]) / "tokenizer.json").is_file()
+    before = PreTrainedTokenizerFast.from_pretrained(recipe.init_from["decoder"]) if has_own else after
+    same_text = before.get_vocab() == after.get_vocab()
+    if same_text and vq_model.config.codebook_size == model.config.vq_config.codebook_size:
         return model
-    code_start_id = NextFlowConfig.from_preset(recipe.preset).code_start_id
-    return with_tokenizer(model, before, after, code_start_id)
+    code_start_id = model.config.code_start_id
+    if not same_text:
+        code_start_id = NextFlowConfig.from_preset(recipe.preset).code_start_id
+    return with_vocabulary(model, before, after, vq_model, code_start_id)
 
 
 def _sharded_decoder_of(recipe: Recipe, fingerprint: str) -> NextFlowForConditionalGeneration:
