@@ -91,6 +91,15 @@ def test_every_kind_of_record_becomes_a_document(kind, record, roles, pictures):
     assert all(image.mode == "RGB" for image in document.images)
 
 
+def test_turns_of_no_weight_are_only_looked_at():
+    turn = {"role": "assistant", "content": [{"type": "image"}]}
+    messages = [{"role": "user", "content": "a"}, {**turn, "weight": 0}, {"role": "user", "content": "b"}, turn]
+    records = [{"messages": messages, "images": [png(), png()]}]
+    ((_, document),) = DocumentReader(records, "messages").read(0, 1)
+    assert document.learned == [False, True]
+    assert list(DocumentReader(records, "messages").texts(5)) == ["user\na", "user\nb"]
+
+
 @pytest.mark.parametrize(
     ("kind", "record", "reason"),
     [

@@ -19,7 +19,7 @@ from nextflow_hf.processing.image_processing_base_nextflow import buckets_from_s
 from nextflow_hf.processing.processing_nextflow import NextFlowProcessor
 from nextflow_hf.training.code_extraction import extract_codes
 from nextflow_hf.training.coded_documents import CodedDocuments, MixedSequences
-from nextflow_hf.training.data import import_class, load_source, to_pixels
+from nextflow_hf.training.data import MixedSource, import_class, load_source, to_pixels
 from nextflow_hf.training.documents import load_reader
 from nextflow_hf.training.recipe import RECIPES, Recipe, load_recipe
 from nextflow_hf.training.sequences import CodedImage, SequenceBuilder
@@ -245,6 +245,45 @@ def test_an_unwritable_folder_is_an_error_before_the_first_step(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="Cannot write"):
         check_writable(tmp_path / "file" / "run")
+
+
+def test_sources_are_mixed_by_weight_and_the_same_every_time(monkeypatch):
+    specs = [{"class": "dots:Dots", "weight": 3}, {"class": "dots:Dots", "size": 64}]
+    source, again = MixedSource(specs, 200, seed=1), MixedSource(specs, 200, seed=1)
+    sides = [source.image(index).shape[0] for index in range(len(source))]
+    assert 30 < sides.count(64) < 70 and set(sides) == {32, 64}
+    assert all(np.array_equal(source.image(index), again.image(index)) for index in range(20))
+    assert source.question(3, None) == ("which", "dot 3")
+    with pytest.raises(ValueError, match="positive weight"):
+        MixedSource([{"class": "dots:Dots", "weight": 0}])
+
+
+def test_a_codebook_grows_in_the_joint_phase_alone(tmp_path):
+    small_model().vq_model.save_pretrained(tmp_path / "vq")
+    small_model().vq_model.semantic_encoder.save_pretrained(tmp_path / "teacher")
+    recipe = Recipe(
+        stage="vq",
+        output_dir=str(tmp_path / "grown"),
+        init_from={"teacher": str(tmp_path / "teacher"), "vq": str(tmp_path / "vq")},
+        source={"class": "dots:Dots", "pictures": 300},
+        config={"vq.codebook_size": 48},
+        stage_args={"phase": "joint"},
+        trainer={"max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True, "disable_tqdm": True},
+    )
+    run_recipe(recipe)
+    assert NextFlowVQModel.from_pretrained(tmp_path / "grown" / "final").codebook.size == 48
+    recipe.output_dir, recipe.stage_args = str(tmp_path / "other"), {"phase": "decoder"}
+    with pytest.raises(ValueError, match='phase "joint" makes a new codebook'):
+        run_recipe(recipe)
+
+
+def test_the_text_tokenizer_learns_from_datasets(tmp_path):
+    data = {"dots": {"kind": "messages", "class": "nextflow_hf.scenes:TaskRecords", "args": {"task": "edit"}}}
+    recipe = Recipe("text_tokenizer", str(tmp_path / "own"), data=data, stage_args={"texts": 50, "vocab_size": 300})
+    run_recipe(recipe)
+    assert (tmp_path / "own" / "tokenizer.json").is_file()
+    with pytest.raises(ValueError, match="either `data`"):
+        run_recipe(Recipe("text_tokenizer", str(tmp_path / "none")))
 
 
 def test_the_recipes_run_one_after_another(tmp_path, monkeypatch):
