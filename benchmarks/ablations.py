@@ -429,7 +429,7 @@ def key_of(variant: Variant, seed: int) -> str:
 
 
 def tables(runs: dict, seeds: int) -> str:
-    """One Markdown table for each question that has runs."""
+    """Markdown tables for each question that has runs: every way, and its difference from the first seed by seed."""
     titles = {
         "seen": "drawing, seen",
         "unseen": "drawing, unseen",
@@ -439,19 +439,27 @@ def tables(runs: dict, seeds: int) -> str:
     }
     parts = []
     for title, variants, metrics in QUESTIONS.values():
-        lines = [f"## {title}", "", "| | runs | " + " | ".join(titles[name] for name in metrics) + " |"]
-        lines.append("|---|---:|" + "---:|" * len(metrics))
-        for name, variant in variants.items():
-            own = [runs[key] for seed in range(seeds) if (key := key_of(variant, seed)) in runs]
-            cells = []
-            for metric in metrics:
-                if own:
-                    mean, half = interval([one[metric] for one in own])
-                    cells.append(f"{mean:.3f} ± {half:.3f}")
-                else:
-                    cells.append("")
-            lines.append(f"| {name} | {len(own)} | " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines))
+        head = " | ".join(titles[name] for name in metrics)
+        by_seed = {
+            name: {seed: runs[key] for seed in range(seeds) if (key := key_of(variant, seed)) in runs}
+            for name, variant in variants.items()
+        }
+        first = next(iter(by_seed))
+        own = [[name, list(found.values())] for name, found in by_seed.items()]
+        # Seeds share data and tokenizer, so that a difference varies less than what it is taken of.
+        differences = [
+            [name, [{m: run[m] - by_seed[first][seed][m] for m in metrics} for seed, run in found.items()]]
+            for name, found in by_seed.items()
+            if name != first and found.keys() <= by_seed[first].keys()
+        ]
+        for label, rows in (("", own), (f"minus {first}, seed by seed", differences)):
+            lines = [f"| {label} | runs | {head} |", "|---|---:|" + "---:|" * len(metrics)]
+            for name, found in rows:
+                intervals = [interval([run[metric] for run in found]) if found else None for metric in metrics]
+                sign = "+" if label else ""
+                cells = ["" if own is None else f"{own[0]:{sign}.3f} ± {own[1]:.3f}" for own in intervals]
+                lines.append(f"| {name} | {len(found)} | " + " | ".join(cells) + " |")
+            parts.append("\n".join(lines if label else [f"## {title}", "", *lines]))
     return "\n\n".join(parts)
 
 
