@@ -83,7 +83,8 @@ def train_vq(recipe: Recipe) -> None:
     """Train the tokenizer.
 
     `stage_args`: `phase`: "pixel" (reconstruction alone, not quantized), "joint" (everything), or "decoder" (the pixel
-    decoder alone). `init_from`: `teacher`, and `vq` to go on from.
+    decoder alone); `new_codebook`: false where the joint phase goes on with the codes that are there. `init_from`:
+    `teacher`, and `vq` to go on from. `config` may name another `vq.codebook_size` in the joint phase.
     """
     phase = recipe.stage_args.get("phase", "joint")
     if phase not in _TRAINED_PARTS:
@@ -106,7 +107,7 @@ def train_vq(recipe: Recipe) -> None:
         model.semantic_encoder.load_state_dict(teacher.state_dict())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.split(".")[0] in _TRAINED_PARTS[phase])
-    if phase == "joint":
+    if phase == "joint" and recipe.stage_args.get("new_codebook", True):
         batch, *_ = by_size([source.image(index) for index in range(256)])
         model.start_codebook(batch, torch.Generator().manual_seed(0))
     model.to(memory_format=torch.channels_last)
