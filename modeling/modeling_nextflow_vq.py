@@ -153,7 +153,9 @@ class DualCodebook(nn.Module):
         rows_per_chunk = max(1, SEARCH_CHUNK_BYTES // (table.element_size() * table.shape[0]))
         similarities, codes = [], []
         for rows in features.split(rows_per_chunk):
-            product = rows @ keys
+            # In full precision whatever the rest trains in: neighbouring codes differ by less than bfloat16 tells.
+            with torch.autocast(rows.device.type, enabled=False):
+                product = rows @ keys
             if top_k == 1:
                 best, index = product.max(dim=-1, keepdim=True)
             else:

@@ -193,3 +193,16 @@ def test_dead_codes_are_moved_onto_encoder_outputs(vq_model, pixels):
 def test_refuses_what_is_no_picture(vq_model, call, message):
     with pytest.raises(ValueError, match=message):
         call(vq_model)
+
+
+def test_codes_are_found_in_full_precision_under_autocast(vq_model):
+    codebook = vq_model.codebook
+    semantic, pixel = codebook.table()[0].split(
+        [codebook.semantic_dim, codebook.table().shape[1] - codebook.semantic_dim]
+    )
+    # The second code lies next to the first, nearer than bfloat16 tells.
+    near = F.normalize(semantic + 2e-3 * semantic.roll(1), dim=-1)
+    table = torch.stack([torch.cat([semantic, pixel]), torch.cat([near, pixel])])
+    with torch.autocast("cpu", torch.bfloat16):
+        distances, codes = codebook.nearest(table, table)
+    assert codes[:, 0].tolist() == [0, 1] and distances.dtype == torch.float32
