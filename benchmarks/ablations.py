@@ -78,19 +78,8 @@ METRICS = ("seen", "unseen", "captions", "image_loss", "text_loss")
 T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
-INTRODUCTION = """\
-# Ablations in miniature
-
-`python benchmarks/ablations.py` asks the paper's questions of a model small enough that all of them can be answered on
-a CPU: 0.6 million parameters in the decoder, one large object at a named place, 32 px (64 where a question is about
-entering a higher resolution). Its docstring says what is equal within a question and what is measured. Every number is
-the mean over seeds with half the width of its 95 % interval (Student's t over seeds: three runs give wide ones). What
-the intervals do not separate is not known, and this size need not agree with 7 billion parameters.
-
-Runs, one by one, with machine and versions:
-[`benchmarks/results/ablations.json`](../benchmarks/results/ablations.json).
-A command that was killed goes on with the runs that are missing.
-"""
+# The document's prose is written by hand; the tables stand between these lines.
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 
 @dataclass(frozen=True)
@@ -520,7 +509,8 @@ def main() -> None:
     text = tables(result["runs"], args.seeds)
     print(text)
     plot(result["runs"], args.seeds, PLOT)
-    DOCUMENT.write_text(f"{INTRODUCTION}\n{text}\n\n![Drawing scores](images/ablations.png)\n")
+    before, after = DOCUMENT.read_text().split(BEGIN)[0], DOCUMENT.read_text().split(END)[1]
+    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
 if __name__ == "__main__":
