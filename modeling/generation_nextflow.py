@@ -579,8 +579,7 @@ class NextScaleGenerationMixin(GenerationMixin):
         """Text until `<boi>`, a picture, `<eoi>`, and so on, each prompt on its own.
 
         A prompt ends with the end-of-turn token, with its `max_new_tokens`-th text token, or when `<boi>` comes after
-        `max_images` pictures. A picture that opens the turn may be all of it, as where a picture alone is learned to
-        answer: the turn ends if its end is the likeliest thing behind the picture's scales.
+        `max_images` pictures.
         """
         if max_images < 0 or max_new_tokens < 1:
             raise ValueError(f"Need max_images >= 0 and max_new_tokens >= 1, got {max_images} and {max_new_tokens}.")
@@ -631,24 +630,13 @@ class NextScaleGenerationMixin(GenerationMixin):
                 codes.append(picture.codes[0])
                 grids.append(picture.grids[0])
                 images = _image_inputs(codes, grids)
-                if len(segments) == 1 and self._ends_with_picture(self._close_picture(ids, grids[-1][1:]), images):
-                    break
                 blocks = grids[-1][1:] if self.config.context_image == "scales" else all_blocks(grids[-1])
-                ids = self._close_picture(ids, blocks)
+                slots = sum(height * width for height, width in blocks)
+                closing = [self.config.image_token_id] * slots + [self.config.eoi_token_id]
+                ids = torch.cat([ids, ids.new_tensor([closing])], dim=1)
             output.segments.append(segments)
             output.codes.append(drawn)
         return output
-
-    def _close_picture(self, ids: torch.LongTensor, blocks: Sequence[Grid]) -> torch.LongTensor:
-        """A row `(1, length)` that ends with `<boi>`, and the slots of the picture with `<eoi>` behind it."""
-        slots = sum(height * width for height, width in blocks)
-        closing = [self.config.image_token_id] * slots + [self.config.eoi_token_id]
-        return torch.cat([ids, ids.new_tensor([closing])], dim=1)
-
-    def _ends_with_picture(self, ids: torch.LongTensor, images: dict) -> bool:
-        logits = self(input_ids=ids, **images, logits_to_keep=1).logits[:, -1]
-        likeliest = _TextVocabulary(self.config, images=True)(ids, logits).argmax(dim=-1)
-        return int(likeliest) in _as_list(self.generation_config.eos_token_id)
 
     # ---- arguments ---------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from .files import save_picture, write_whole
+from .harness.command import add_benchmark_parser, refuse_benchmark_options, run_benchmark
+from .harness.formats import BENCHMARKS
+
+_SCENES = {"prompts": 100, "images": 4, "captions": 500, "tests": 200}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,15 +88,18 @@ def _parser() -> argparse.ArgumentParser:
     extract.set_defaults(run=_extract)
 
     evaluate = commands.add_parser("evaluate", help="score a checkpoint")
-    evaluate.add_argument("suite", choices=["scenes"])
+    evaluate.add_argument("suite", choices=["scenes", *BENCHMARKS])
     evaluate.add_argument("--checkpoint", default="mini")
-    evaluate.add_argument("--prompts", type=int, default=100, help="prompts per category")
-    evaluate.add_argument("--images", type=int, default=4, help="pictures per prompt")
-    evaluate.add_argument("--captions", type=int, default=500, help="pictures to describe")
-    evaluate.add_argument("--tests", type=int, default=200, help="tests of each further ability; 0 leaves them out")
+    evaluate.add_argument("--prompts", type=int, help="prompts per category of scenes (100)")
+    evaluate.add_argument("--images", type=int, help="pictures per prompt (scenes: 4; a benchmark: its own number)")
+    evaluate.add_argument("--captions", type=int, help="scenes to describe (500)")
+    evaluate.add_argument("--tests", type=int, help="tests of each further ability in scenes (200); 0 leaves them out")
     evaluate.add_argument("--seed", type=int, default=0)
-    evaluate.add_argument("--output", type=Path, help="JSON file for the scores and all settings")
+    evaluate.add_argument(
+        "--output", type=Path, help="scenes: JSON file for the scores and all settings; else a folder"
+    )
     _add_sampling(evaluate)
+    add_benchmark_parser(evaluate, _size)
     evaluate.set_defaults(run=_evaluate)
 
     demo = commands.add_parser("demo", help="draw and describe with the bundled checkpoint")
@@ -228,13 +235,19 @@ def _extract(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    if args.suite != "scenes":
+        given = [f"--{name}" for name in _SCENES if name != "images" and getattr(args, name) is not None]
+        if given:
+            raise ValueError(f"`evaluate {args.suite}` does not take {', '.join(given)}; `evaluate scenes` does.")
+        run_benchmark(args, _sampling(args))
+        return
     from .evaluation import evaluate_scenes, table
 
+    refuse_benchmark_options(args)
+    numbers = [default if getattr(args, name) is None else getattr(args, name) for name, default in _SCENES.items()]
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-    result = evaluate_scenes(
-        args.checkpoint, args.prompts, args.images, args.captions, args.tests, args.seed, **_sampling(args)
-    )
+    result = evaluate_scenes(args.checkpoint, *numbers, args.seed, **_sampling(args))
     if args.output is not None:
         write_whole(args.output, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
     print(table(result))

@@ -15,12 +15,13 @@ _PATTERN = (
 )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, min_frequency: int = 0) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE of Qwen2.5's kind.
 
     Args:
         texts: What to learn merges from.
         vocab_size: Tokens in all, at most: 256 bytes, the special tokens and merges.
+        min_frequency: How often a pair must stand in the texts to be merged.
 
     Raises:
         ValueError: If `vocab_size` leaves no room for the bytes and special tokens.
@@ -39,6 +40,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
+        min_frequency=min_frequency,
         special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

@@ -12,6 +12,8 @@ from .sequences import CodedImage, SequenceBuilder
 # Items whose order is drawn at a time.
 _BLOCK = 65_536
 _BLOCKS_KEPT = 32
+# Share of the pictures at the end of a document that show their finest codes all the same.
+_SHOWN_ENDINGS = 0.1
 
 
 class CodedDocuments(Dataset):
@@ -144,7 +146,10 @@ class MixedSequences(Dataset):
             part["type"] == "image" for part in messages[-1]["content"]
         )
         without_prompt = answers_with_a_picture and rng.random() < self.prompt_dropout
-        return {"id": name, **self.builder.build(messages, images, without_prompt)}
+        # Where text and pictures take turns, drawing cannot know that a picture is the last: a few are shown, so that
+        # the model learns to end its turn behind the final block as well.
+        shows_last = rng.random() < _SHOWN_ENDINGS
+        return {"id": name, **self.builder.build(messages, images, without_prompt, shows_last)}
 
 
 def shuffled(index: int, size: int, key: str) -> int:

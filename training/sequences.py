@@ -56,7 +56,13 @@ class SequenceBuilder:
         self.prefix_scales = prefix_scales
         self.end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
 
-    def build(self, messages: Sequence[dict], images: Sequence[CodedImage], without_prompt: bool = False) -> dict:
+    def build(
+        self,
+        messages: Sequence[dict],
+        images: Sequence[CodedImage],
+        without_prompt: bool = False,
+        shows_last: bool = False,
+    ) -> dict:
         """The sequence of a document.
 
         Args:
@@ -65,6 +71,8 @@ class SequenceBuilder:
                 single turn without a role is a document without turns, with loss on everything.
             images: The pictures, in order.
             without_prompt: Leave out all that stands before the last turn, for classifier-free guidance.
+            shows_last: Whether a picture that is all of the last turn shows its finest codes, as one does that
+                something may follow.
 
         Raises:
             ValueError: If pictures and places for them differ in number.
@@ -73,7 +81,7 @@ class SequenceBuilder:
         if places != len(images):
             raise ValueError(f"The document has places for {places} pictures, but {len(images)} were given.")
         # A picture that is all of the last turn is looked at by nothing.
-        ends_drawing = [part["type"] for part in _parts(messages[-1])] == ["image"]
+        ends_drawing = not shows_last and [part["type"] for part in _parts(messages[-1])] == ["image"]
         if without_prompt:
             answer = {**messages[-1], "role": None}
             kept = sum(part["type"] == "image" for part in _parts(answer))

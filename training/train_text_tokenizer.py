@@ -16,7 +16,8 @@ from .stage_trainer import check_writable, save_whole
 def train_text_tokenizer(recipe: Recipe) -> None:
     """Train a byte-level BPE on a source's prompts, questions and answers, or on the texts of datasets.
 
-    `stage_args`: `texts` (pictures of the source, or records of each dataset, whose words are read), `vocab_size`.
+    `stage_args`: `texts` (pictures of the source, or records of each dataset, whose words are read), `vocab_size`,
+    `min_frequency` (of pairs that are merged).
 
     Raises:
         ValueError: If the recipe names neither `data` nor a `source`, or both.
@@ -27,7 +28,8 @@ def train_text_tokenizer(recipe: Recipe) -> None:
     check_writable(folder.parent)
     number = recipe.stage_args.get("texts", 20_000)
     texts = _texts_of_source(recipe.source, number) if recipe.source else _texts_of_data(recipe.data, number)
-    tokenizer = train_tokenizer(texts, recipe.stage_args.get("vocab_size", MINI_TEXT_VOCAB_SIZE))
+    vocab_size = recipe.stage_args.get("vocab_size", MINI_TEXT_VOCAB_SIZE)
+    tokenizer = train_tokenizer(texts, vocab_size, recipe.stage_args.get("min_frequency", 0))
     save_whole(folder, tokenizer.save_pretrained)
 
 

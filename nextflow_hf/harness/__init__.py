@@ -1,1 +1,1 @@
-"""The field's benchmarks in their own file formats: pictures, verdicts of a judge, scores (see `docs/evaluation.md`)."""
+"""The field's benchmarks in their own file formats: pictures, a judge's verdicts, scores. See `docs/evaluation.md`."""

@@ -100,7 +100,9 @@ def read_items(name: str, files: Sequence[Path], sources: Path | None = None, im
     keys: set[str] = set()
     for item in items:
         if item.key in keys:
-            raise ValueError(f"Two prompts of {benchmark.title} are named {item.key!r}; every name must be one prompt's.")
+            raise ValueError(
+                f"Two prompts of {benchmark.title} are named {item.key!r}; every name must be one prompt's."
+            )
         keys.add(item.key)
         if not item.prompt.strip():
             raise ValueError(f"The prompt {item.key!r} of {benchmark.title} is empty.")
@@ -139,7 +141,9 @@ def _read_dpg(files: Sequence[Path], sources: Path | None, images: int) -> list[
         # Its scorer takes a picture's name up to the first dot for the prompt's.
         name = _file_name(file.stem, file)
         if "." in name:
-            raise ValueError(f"The scorer of DPG-Bench cannot tell {file.name} by its name: it reads up to the first dot.")
+            raise ValueError(
+                f"The scorer of DPG-Bench cannot tell {file.name} by its name: it reads up to the first dot."
+            )
         items.append(
             Item(
                 name,
@@ -193,7 +197,9 @@ def _read_prism(files: Sequence[Path], sources: Path | None, images: int) -> lis
     items = []
     for file in _files(files, "*.jsonl"):
         if file.stem not in PRISM_TRACKS:
-            raise ValueError(f"{file.name} is no track of PRISM-Bench; they are {', '.join(PRISM_TRACKS)} (.jsonl each).")
+            raise ValueError(
+                f"{file.name} is no track of PRISM-Bench; they are {', '.join(PRISM_TRACKS)} (.jsonl each)."
+            )
         for place, (number, line) in enumerate(_lines(file)):
             prompt = _text(_object(line, file, number), "prompt", file, number)
             items.append(

@@ -1,6 +1,7 @@
 """A judge behind an OpenAI-compatible chat endpoint, and its verdicts on disk."""
 
 import base64
+import http.client
 import io
 import json
 import os
@@ -93,7 +94,9 @@ class Judge:
         self._opener = urllib.request.build_opener(_NoRedirects)
         self._has_answered = threading.Event()
 
-    def ask(self, key: str, question: str, text: str, pictures: Sequence[bytes], read: Callable[[str], Marks]) -> Verdict:
+    def ask(
+        self, key: str, question: str, text: str, pictures: Sequence[bytes], read: Callable[[str], Marks]
+    ) -> Verdict:
         """Ask until an answer is as it should be, or attempts run out.
 
         Args:
@@ -111,17 +114,26 @@ class Judge:
         for _ in range(self.attempts):
             try:
                 said = self._say(text, pictures)
-                return Verdict(key, question, read(said), said)
             except _Refusal as refusal:
-                # The endpoint answers others, so it is this request's content that it will not have.
-                if not self._has_answered.is_set():
-                    raise ValueError(str(refusal)) from refusal
+                self._see_that_it_answers(refusal)
                 return Verdict(key, question, None, said, str(refusal))
             except _Malformed as error:
                 reason = str(error)
+                continue
+            try:
+                return Verdict(key, question, read(said), said)
             except ValueError as error:
                 reason = str(error)
         return Verdict(key, question, None, said, reason)
+
+    def _see_that_it_answers(self, refusal: "_Refusal") -> None:
+        """Tell a request whose content is refused from an endpoint, a model or an address that will have none."""
+        if self._has_answered.is_set():
+            return
+        try:
+            self._say("Answer with the word yes.", [png(Image.new("RGB", (64, 64), "white"))])
+        except (_Refusal, _Malformed):
+            raise ValueError(f"The judge refuses: {refusal}") from refusal
 
     def _say(self, text: str, pictures: Sequence[bytes]) -> str:
         content: list[dict] = [{"type": "text", "text": text}]
@@ -158,7 +170,7 @@ class Judge:
                     raise _Refusal(problem) from error
                 if error.code not in _TRANSIENT:
                     raise ValueError(f"The judge refuses: {problem}") from error
-            except (urllib.error.URLError, TimeoutError, ConnectionError, OSError) as error:
+            except (OSError, http.client.HTTPException) as error:
                 problem = f"{self.host} cannot be reached: {error}"
             if attempt + 1 < self.tries:
                 self._sleep(wait)
@@ -167,7 +179,7 @@ class Judge:
         )
 
 
-class _Malformed(ValueError):
+class _Malformed(Exception):
     """An answer without text."""
 
 

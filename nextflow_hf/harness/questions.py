@@ -32,6 +32,7 @@ class Question:
         template_key: Which of a file's several templates is for an item.
         fallback: Our own template, where the user gives none.
         needs_prompt: Whether a template without a place for the prompt is a mistake.
+        area: Pixels that each picture is brought to before it is shown; `None` shows it as it is.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Question:
     template_key: Callable[[Item], str]
     fallback: str
     needs_prompt: bool = True
+    area: int | None = None
 
 
 class Templates:
@@ -101,6 +103,9 @@ def _read_templates(file: Path, keys: list[str]) -> Mapping[str, str]:
     return {key: templates[key] for key in keys}
 
 
+_LINE = re.compile(r"^[ \t]*([^:\uff1a\n]+?)[ \t]*[:\uff1a][ \t]*(-?\d+)[ \t]*\r?$", re.MULTILINE)
+
+
 # ---- reading answers -------------------------------------------------------------------------------------------------
 
 
@@ -114,8 +119,8 @@ def read_lines(names: Sequence[str] | int, low: int, high: int) -> Callable[[str
     """
 
     def read(answer: str) -> Marks:
-        # Judges set names in bold although nobody asks them to.
-        found = re.findall(r"^\s*([^:\n]*?)\s*[::]\s*(-?\d+)\s*\.?\s*$", answer.replace("*", ""), re.MULTILINE)
+        # Judges set names in bold although nobody asks them to; some write the wide colon of Chinese text.
+        found = _LINE.findall(answer.replace("*", ""))
         if isinstance(names, int):
             if len(found) != names:
                 raise ValueError(f"{names} lines `NAME: NUMBER` are needed, got {len(found)}.")
@@ -275,8 +280,8 @@ QUESTIONS: dict[str, tuple[Question, ...]] = {
     # One template per kind of edit, as the benchmark's file of templates has them.
     "imgedit": (Question("edit", read_lines(3, 1, 5), True, _track, _IMGEDIT),),
     "gedit": (
-        Question("SC", read_score(2, 0, 10), True, _named("SC"), _EDIT_SEMANTICS),
-        Question("PQ", read_score(2, 0, 10), False, _named("PQ"), _EDIT_QUALITY, needs_prompt=False),
+        Question("SC", read_score(2, 0, 10), True, _named("SC"), _EDIT_SEMANTICS, area=512 * 512),
+        Question("PQ", read_score(2, 0, 10), False, _named("PQ"), _EDIT_QUALITY, needs_prompt=False, area=512 * 512),
     ),
     "omnicontext": (
         Question("PF", read_score(1, 0, 10), True, _named("PF"), _SUBJECT_PROMPT),

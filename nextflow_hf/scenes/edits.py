@@ -65,10 +65,10 @@ def draw_edit(scene: Scene, rng: np.random.Generator, kind: str | None = None, t
     for _ in range(_TRIES):
         name = kind or KINDS[rng.integers(len(KINDS))]
         found = _EDITS[name](scene, rng)
-        if found is None:
+        if found is None or found[2] is None:
             continue
         text, change, after = found
-        if after != scene and has_room(after) and (not trained or is_trained(after)):
+        if not same_picture(after, scene) and has_room(after) and (not trained or is_trained(after)):
             return Edit(name, text, change, scene, after)
     return None
 
@@ -92,6 +92,11 @@ def has_room(scene: Scene) -> bool:
         for own in scene.objects
     ]
     return all(not around[i] & own.cells for i in range(len(around)) for own in scene.objects[i + 1 :])
+
+
+def same_picture(first: Scene, second: Scene) -> bool:
+    """Whether two scenes look the same, in whatever order their objects are."""
+    return first.background == second.background and set(first.objects) == set(second.objects)
 
 
 def _changed(scene: Scene, own: SceneObject, **changes) -> Scene | None:

@@ -126,15 +126,16 @@ def _count(scene: Scene, rng: np.random.Generator) -> Question:
 
 def _exists(scene: Scene, rng: np.random.Generator) -> Question:
     own = _one_of(scene, rng)
-    color, shape = own.color, own.shape
+    there = {(other.color, other.shape) for other in scene.objects}
+    kind = (own.color, own.shape)
     if rng.random() < 0.5:
-        # Half of what is not there differs in one thing alone.
-        change = rng.integers(3)
-        color = tuple(COLORS)[rng.integers(len(COLORS))] if change != 1 else color
-        shape = SHAPES[rng.integers(len(SHAPES))] if change != 0 else shape
-    found = any((other.color, other.shape) == (color, shape) for other in scene.objects)
-    article = "an" if color[0] in "aeiou" else "a"
-    return Question("exists", f"is there {article} {color} {shape}?", "yes" if found else "no")
+        # What is not there mostly differs from something there in one thing alone.
+        while kind in there:
+            change = rng.integers(3)
+            color = tuple(COLORS)[rng.integers(len(COLORS))] if change != 1 else own.color
+            shape = SHAPES[rng.integers(len(SHAPES))] if change != 0 else own.shape
+            kind = (color, shape)
+    return Question("exists", f"is there {phrase(Group(1, kind[1], kind[0]))}?", "yes" if kind in there else "no")
 
 
 def _relation(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -145,9 +146,17 @@ def _relation(scene: Scene, rng: np.random.Generator) -> Question | None:
     words = [refer(scene, own, rng) for own in (first, second)]
     if where is None or None in words:
         return None
-    claimed = where if rng.random() < 0.5 else tuple(RELATION_WORDS)[rng.integers(4)]
-    text = f"is {words[0]} {RELATION_WORDS[claimed][0]} {words[1]}?"
-    return Question("relation", text, "yes" if claimed == where else "no")
+    claimed, answer = where, "yes"
+    if rng.random() < 0.5:
+        # What is said to be false must be false along its own axis too.
+        down, right = (a - b for a, b in zip(first.center, second.center))
+        false = [
+            name
+            for name, offset in (("left of", -right), ("right of", right), ("above", -down), ("below", down))
+            if offset <= 0
+        ]
+        claimed, answer = false[rng.integers(len(false))], "no"
+    return Question("relation", f"is {words[0]} {RELATION_WORDS[claimed][0]} {words[1]}?", answer)
 
 
 def _background(scene: Scene, rng: np.random.Generator) -> Question:

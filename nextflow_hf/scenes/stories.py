@@ -7,7 +7,7 @@ import numpy as np
 
 from .captions import Group, parse, phrase
 from .edits import has_room, to_place
-from .sampling import is_trained
+from .sampling import SPLITS, is_trained, keys_of, split_of
 from .world import BACKGROUNDS, COLORS, PLACES, SHAPES, Scene, SceneObject, named_cells
 
 MAX_FRAMES = 5
@@ -40,19 +40,24 @@ class Story:
 def draw_story(
     rng: np.random.Generator, frames: int | None = None, lattice: tuple[int, int] = (4, 4), split: str = "train"
 ) -> Story:
-    """A random story of 2 to 5 frames; in training every frame shows trained combinations alone.
+    """A random story of 2 to 5 frames.
 
-    In the test split the subject alone in the first frame is a combination that training never saw.
+    In training every frame shows trained combinations alone; in another split the first frame, the subject alone, is a
+    combination of that split.
 
     Raises:
-        ValueError: If the number of frames is none of 2 to 5.
+        ValueError: If the number of frames is none of 2 to 5, or there is no such split.
     """
+    if split not in SPLITS:
+        raise ValueError(f"A split is one of {SPLITS}, got {split!r}.")
     frames = int(rng.integers(2, MAX_FRAMES + 1)) if frames is None else frames
     if not 2 <= frames <= MAX_FRAMES:
         raise ValueError(f"A story has 2 to {MAX_FRAMES} frames, got {frames}.")
     while True:
         own = _draw(rng, frames, lattice)
-        if own is not None and (all(map(is_trained, own.scenes)) == (split == "train")):
+        if own is None:
+            continue
+        if all(map(is_trained, own.scenes)) if split == "train" else split in map(split_of, keys_of(own.scenes[0])):
             return own
 
 
@@ -106,8 +111,7 @@ def _come(rng: np.random.Generator, scene: Scene, the: str) -> tuple[str, Scene]
     if len(scene.objects) == 3:
         return None
     own = _new(rng, scene.lattice, "small")
-    subject = scene.objects[0]
-    if (own.shape, own.color) == (subject.shape, subject.color):
+    if (own.shape, own.color) in {(each.shape, each.color) for each in scene.objects}:
         return None
     after = _with(scene, objects=(*scene.objects, own))
     place = named_cells(own.size, scene.lattice)[own.cell]

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from .captions import Group, caption, caption_with_places, describe, phrase
-from .edits import draw_edit, draw_edits, draw_rule
+from .edits import draw_edit, draw_edits, draw_rule, same_picture
 from .questions import ask_several
 from .riddles import draw_riddle
 from .sampling import FAMILIES, is_trained, orderly_scene, sample_scene
@@ -142,8 +142,8 @@ def _in_context(rng, scene, size, examples: int = 2):
     rule = draw_rule(rng)
     befores = [scene() for _ in range(examples + 1)]
     afters = [rule(own) for own in befores]
-    # An example that nothing changes in shows nothing.
-    if any(before == after for before, after in zip(befores, afters)):
+    # An example in which nothing changes shows nothing.
+    if not all(map(is_trained, afters)) or any(map(same_picture, befores, afters)):
         return None
     pairs = [render(own, size) for pair in zip(befores, afters) for own in pair]
     return [user(*[IMAGE] * (2 * examples + 1), EXAMPLE_PROMPT), assistant(IMAGE)], pairs

@@ -94,6 +94,7 @@ def test_a_picture_that_something_follows_shows_its_finest_codes(builder_of, con
     assert slots(builder.draw("dot 1", codes_of(), SQUARE)) == 29
     assert slots(builder.read("which", "dot 1", codes_of(), SQUARE)) == shown
     assert slots(builder.build(two_turns(), pictures)) == drawn + 29
+    assert slots(builder.build(two_turns()[:2], pictures[:1], shows_last=True)) == drawn
     # A turn of no weight is only looked at.
     looked_at = builder.build(two_turns(weight=0), pictures)
     assert slots(looked_at) == shown + 29
