@@ -36,7 +36,7 @@ def build_config(width: int, layers: int) -> NextFlowConfig:
     paper = NextFlowVQConfig()
     vq.update(sides=paper.sides, levels=paper.levels, final_grids=paper.final_grids)
     text = mini.text_config.to_dict()
-    text.update(hidden_size=width, intermediate_size=11 * width // 4, num_hidden_layers=layers)
+    text.update(hidden_size=width, intermediate_size=11 * width // 4, num_hidden_layers=layers, layer_types=None)
     return NextFlowConfig(
         **{
             name: getattr(mini, name)
@@ -111,12 +111,12 @@ def rate(bins: list[Bin], times: list[float], ranks: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sequences", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences of a padded batch")
-    parser.add_argument("--tokens", type=int, default=6000, help="tokens of a fixed-length bin")
-    parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=4, help="sequences of a padded batch")
+    parser.add_argument("--tokens", type=int, default=12288, help="tokens of a fixed-length bin")
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/packing.json"))
     args = parser.parse_args()

@@ -223,9 +223,9 @@ class NextScaleGenerationMixin(GenerationMixin):
                 * `seed`: one number (prompt i is drawn with seed + i), or one per prompt. A picture depends on its own
                   seed alone, not on what else is in the batch.
                 * `generator`: `torch.Generator`, or one per prompt, instead of `seed`.
-                * `mask`: `(height, width)` or one per prompt, not 0 where the last picture of each prompt is drawn
-                  anew; elsewhere it is kept, its codes at every scale and its pixels up to a soft edge one cell of the
-                  finest scale wide. The answer has its size.
+                * `mask`: `(height, width)`, or one per prompt (a list where sizes differ), not 0 where the last picture
+                  of each prompt is drawn anew; elsewhere it is kept, its codes at every scale and its pixels up to a
+                  soft edge one cell of the finest scale wide. The answer has its size.
                 * `negative_prompt_ids`, `negative_prompt_attention_mask`: what guidance leads away from; by default the
                   prompt without its text.
                 * `use_cache`, `cache_implementation` (`"dynamic"` or `"static"`): the key-value cache.

@@ -81,23 +81,24 @@ def soft_edge(mask: torch.Tensor, width: int) -> torch.Tensor:
     return torch.where(mask, 1.0, total[0] / max(width, 1))
 
 
-def check_mask(mask: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+def check_mask(mask: torch.Tensor | Sequence[torch.Tensor], sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
     """One bool mask `(height, width)` for each picture.
 
     Args:
-        mask: `(height, width)` for all, or `(pictures, height, width)`; what is not 0 is drawn anew.
+        mask: `(height, width)` for all, or one such for each picture, stacked or in a list; what is not 0 is drawn
+            anew. Tensors or arrays.
         sizes: (height, width) in pixels of each picture.
 
     Raises:
         ValueError: If there is not a mask for each picture, a mask has another size, or nothing is to be drawn.
     """
-    mask = torch.as_tensor(mask)
-    masks = list(mask.expand(len(sizes), *mask.shape) if mask.ndim == 2 else mask)
-    if mask.ndim not in (2, 3) or len(masks) != len(sizes):
+    given = list(mask) if isinstance(mask, (list, tuple)) or getattr(mask, "ndim", 0) == 3 else [mask] * len(sizes)
+    if any(getattr(own, "ndim", 0) != 2 for own in given) or len(given) != len(sizes):
+        found = [tuple(getattr(own, "shape", ())) or type(own).__name__ for own in given]
         raise ValueError(
-            f"`mask` must be (height, width), or one such for each of the {len(sizes)} prompts, got "
-            f"{tuple(mask.shape)}."
+            f"`mask` must be a tensor (height, width), or one such for each of the {len(sizes)} prompts, got {found}."
         )
+    masks = [torch.as_tensor(own) for own in given]
     for own, size in zip(masks, sizes):
         if tuple(own.shape) != tuple(size):
             raise ValueError(

@@ -1,11 +1,13 @@
 """Scores of every ability beyond drawing and captions: edits, questions, comparison, examples, subjects, thinking,
 stories, words.
 
-Every test is of the test split, whose combinations training never saw, and is judged by the referee or by exact words.
-A score has `score`, and `low` and `high` of its 95 % interval from resampling the tests.
+Every test is of the test split: what is looked at, and what is to be drawn, show a combination that training never saw.
+Judges are the referee and exact words. A score has `score`, and `low` and `high` of its 95 % interval from resampling
+the tests.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,15 +20,20 @@ from .intervals import interval
 from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from .processing.processing_nextflow import NextFlowProcessor
 from .scenes import Referee, Scene, SignReader, draw_sign, lattice_for, render, render_sign, sample_scene, transcript
-from .scenes.edits import Edit, draw_edit, draw_edits, draw_rule
+from .scenes.edits import KINDS as EDITS
+from .scenes.edits import Edit, draw_edit, draw_edits, draw_rule, same_picture
 from .scenes.questions import KINDS as QUESTION_KINDS
 from .scenes.questions import ask
 from .scenes.referee import Reading
 from .scenes.riddles import draw_riddle
-from .scenes.signs import SIGN_SIZE, letters_right, words_of_sign
+from .scenes.sampling import is_trained
+from .scenes.signs import letters_right, words_of_sign
 from .scenes.source import READ_QUESTION
 from .scenes.stories import draw_story, replay
-from .scenes.tasks import COMPARE_QUESTION, EXAMPLE_PROMPT, ask_for_subject
+from .scenes.tasks import COMPARE_QUESTION, EXAMPLE_PROMPT, NOTHING, ask_for_subject, draw_reference
+
+# Shares of scenes with one object, with some alike, with two that differ, with more that differ.
+_FAMILIES = (0.2, 0.1, 0.5, 0.2)
 
 
 @dataclass(frozen=True)
@@ -64,12 +71,12 @@ class Tested:
         """Randomness of test `index`."""
         return np.random.default_rng((self.seed, 7, index))
 
-    def scenes(self, families: tuple[float, ...] = (0.2, 0.1, 0.5, 0.2)) -> list[tuple[Scene, np.random.Generator]]:
+    def scenes(self) -> list[tuple[Scene, np.random.Generator]]:
         """A scene for each test, and what is left of its randomness."""
         drawn = []
         for index in range(self.number):
             rng = self.rng(index)
-            drawn.append((sample_scene(rng, self.split, self.lattice, "placed", families), rng))
+            drawn.append((sample_scene(rng, self.split, self.lattice, "placed", _FAMILIES), rng))
         return drawn
 
     def picture(self, scene: Scene) -> Image.Image:
@@ -97,29 +104,37 @@ class Tested:
 
 
 def score_questions(tested: Tested) -> dict:
-    """Exact answers to questions of every kind, as many of each."""
+    """Exact answers to questions of every kind, as many of each; and what always the kind's likeliest would score."""
     questions = []
     for number, (scene, rng) in enumerate(tested.scenes()):
         kind = QUESTION_KINDS[number % len(QUESTION_KINDS)]
         # Not every scene has a question of every kind.
         while (own := ask(scene, rng, kind)) is None:
-            scene = sample_scene(rng, tested.split, tested.lattice, "placed", (0.2, 0.1, 0.5, 0.2))
+            scene = sample_scene(rng, tested.split, tested.lattice, "placed", _FAMILIES)
         questions.append((own, tested.picture(scene)))
     answers = tested.answer([[user(picture, own.text)] for own, picture in questions])
     right = np.array([own.answer == said.strip() for (own, _), said in zip(questions, answers)], float)
     kinds = np.array([own.kind for own, _ in questions])
-    return {"questions": interval(right)} | {
-        f"questions: {kind}": interval(right[kinds == kind]) for kind in QUESTION_KINDS if (kinds == kind).any()
+    likeliest = sum(
+        Counter(own.answer for own, _ in questions if own.kind == kind).most_common(1)[0][1] for kind in set(kinds)
+    )
+    return {
+        "questions": interval(right),
+        "questions: by the likeliest answer of each kind": round(likeliest / len(questions), 4),
+        **{f"questions: {kind}": interval(right[kinds == kind]) for kind in QUESTION_KINDS if (kinds == kind).any()},
     }
 
 
 def score_comparison(tested: Tested) -> dict:
     """Exact answers to what changed between two pictures."""
-    edits = _edits(tested)
-    answers = tested.answer(
-        [[user(tested.picture(own.before), tested.picture(own.after), COMPARE_QUESTION)] for own in edits]
-    )
-    return {"comparison": interval([own.change == said.strip() for own, said in zip(edits, answers)])}
+    pairs, wanted = [], []
+    for number, own in enumerate(_edits(tested)):
+        # Now and then of two pictures that are the same.
+        is_same = number % 8 == 7
+        pairs.append((own.before, own.before if is_same else own.after))
+        wanted.append(NOTHING if is_same else own.change)
+    answers = tested.answer([[user(*map(tested.picture, pair), COMPARE_QUESTION)] for pair in pairs])
+    return {"comparison": interval([right == said.strip() for right, said in zip(wanted, answers)])}
 
 
 # ---- editing ---------------------------------------------------------------------------------------------------------
@@ -140,11 +155,11 @@ def judge_edit(edit: Edit, reading: Reading) -> tuple[bool, bool, bool]:
     shown = _shown(reading)
     is_background = edit.kind == "background"
     gone = _shown(edit.before) - _shown(edit.after)
-    followed = (
-        reading.background == edit.after.background
-        if is_background
-        else _objects(edit.made) <= shown and not gone & shown
-    )
+    if is_background:
+        followed = reading.background == edit.after.background
+    else:
+        # What is not recognised is not gone.
+        followed = reading.readable and _objects(edit.made) <= shown and not gone & shown
     kept = _objects(edit.kept) <= shown and (is_background or reading.background == edit.before.background)
     return followed, kept, reading.readable and shows(reading, edit.after)
 
@@ -154,7 +169,7 @@ def score_conversations(tested: Tested, turns: int = 3) -> dict:
     conversations, wanted = [], []
     for scene, rng in tested.scenes():
         edits: list[Edit] = []
-        while len(edits) < turns:
+        while len(edits) < turns or is_trained(edits[-1].after):
             edits = draw_edits(scene, rng, turns, trained=False)
         conversations.append([user(tested.picture(scene), edits[0].text)])
         wanted.append(edits)
@@ -216,7 +231,7 @@ def score_examples(tested: Tested, examples: int = 2) -> dict:
                 for _ in range(examples + 1)
             ]
             afters = [rule(scene) for scene in befores]
-            if all(before != after for before, after in zip(befores, afters)):
+            if not any(map(same_picture, befores, afters)) and not is_trained(afters[-1]):
                 break
         pictures = [tested.picture(own) for pair in zip(befores, afters) for own in pair]
         with_examples.append([user(*pictures[:-1], EXAMPLE_PROMPT)])
@@ -239,9 +254,7 @@ def score_subjects(tested: Tested) -> dict:
             kinds = [(own.shape, own.color, own.size) for own in scene.objects]
             if kinds[0] not in kinds[1:]:
                 break
-        subject = scene.objects[0]
-        reference = Scene((subject,), scene.background, scene.lattice)
-        conversations.append([user(tested.picture(reference), ask_for_subject(scene))])
+        conversations.append([user(tested.picture(draw_reference(scene, rng)), ask_for_subject(scene))])
         wanted.append(scene)
     referee = Referee(tested.lattice)
     pictures = tested.draw(conversations)
@@ -278,7 +291,7 @@ def score_thinking(tested: Tested) -> dict:
 
 
 def score_stories(tested: Tested) -> dict:
-    """Stories: whether the subject is in every frame, and each frame is as the texts until then say."""
+    """Stories: whether the subject is in every frame asked for, and which frames are as the texts until then say."""
     number = max(1, tested.number // 4)
     stories = [draw_story(tested.rng(index), lattice=tested.lattice, split=tested.split) for index in range(number)]
     told = tell(
@@ -294,11 +307,12 @@ def score_stories(tested: Tested) -> dict:
     kept, as_told, lengths = [], [], []
     for story, parts in zip(stories, told):
         readings = [referee.look(part) for part in parts if isinstance(part, Image.Image)]
-        texts = [part for part, after in itertools.pairwise(parts) if isinstance(after, Image.Image)]
+        texts = [part for part, after in itertools.pairwise(["", *parts]) if isinstance(after, Image.Image)]
         scenes = replay([own if isinstance(own, str) else "" for own in texts], tested.lattice)
-        kept.append(bool(readings) and all(story.keeps_subject(own.objects) for own in readings))
-        as_told += [scene is not None and shows(reading, scene) for reading, scene in zip(readings, scenes)] or [False]
         lengths.append(len(readings) == len(story.scenes))
+        kept.append(lengths[-1] and all(story.keeps_subject(own.objects) for own in readings))
+        right = [scene is not None and shows(reading, scene) for reading, scene in zip(readings, scenes, strict=True)]
+        as_told.append(np.mean(right) if right else 0.0)
     return {
         "stories: subject in every frame": interval(kept),
         "stories: frames as told": interval(as_told),
@@ -310,7 +324,10 @@ def score_stories(tested: Tested) -> dict:
 
 
 def score_words(tested: Tested) -> dict:
-    """Words and lists drawn, and read: whole texts, and letters (1 - normalised edit distance)."""
+    """Words and lists drawn, and read: whole texts, and letters (1 - normalised edit distance).
+
+    Reading is left out where the checkpoint was not trained to read.
+    """
     signs = [draw_sign(tested.rng(index), tested.split) for index in range(tested.number)]
     seeds = [tested.seed + index for index in range(tested.number)]
     reader, right, letters = SignReader(), np.zeros(tested.number), np.zeros(tested.number)
@@ -330,17 +347,16 @@ def score_words(tested: Tested) -> dict:
             read, sign = reader.read(picture), signs[place]
             right[place] = read.lines == (sign.text, *sign.items)
             letters[place] = letters_right("\n".join(read.lines), "\n".join((sign.text, *sign.items)))
-    answers = answer(
-        tested.model, tested.processor, [[user(Image.fromarray(render_sign(own)), READ_QUESTION)] for own in signs]
-    )
-    read_right = np.array([said.strip() == transcript(own) for said, own in zip(answers, signs)], float)
-    return {
-        "words drawn": interval(right[~is_list]),
-        "words drawn: letters": interval(letters[~is_list]),
-        "lists drawn": interval(right[is_list]),
-        "lists drawn: letters": interval(letters[is_list]),
-        "words read": interval(read_right),
-    }
+    result = {}
+    for name, chosen in (("words", ~is_list), ("lists", is_list)):
+        if chosen.any():
+            result[f"{name} drawn"] = interval(right[chosen])
+            result[f"{name} drawn: letters"] = interval(letters[chosen])
+    if can(tested.model, "caption"):
+        conversations = [[user(Image.fromarray(render_sign(own)), READ_QUESTION)] for own in signs]
+        answers = answer(tested.model, tested.processor, conversations)
+        result["words read"] = interval([said.strip() == transcript(own) for said, own in zip(answers, signs)])
+    return result
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------
@@ -354,20 +370,18 @@ SCORES: dict[str, tuple[Callable, ...]] = {
 
 
 def score_abilities(tested: Tested) -> dict:
-    """Scores of all that the checkpoint says it can do, beyond drawing and captions of scenes.
-
-    Words are scored where it draws pictures of their size.
-    """
-    abilities = tested.model.config.abilities
+    """Scores of all that the checkpoint says it can do with scenes, beyond drawing and captions."""
     result = {}
     for name, scores in SCORES.items():
-        if abilities is None or name in abilities:
+        if can(tested.model, name):
             for score in scores:
                 result |= score(tested)
-    sizes = tested.model.config.trained_image_sizes
-    if sizes is None or list(SIGN_SIZE) in sizes:
-        result |= score_words(tested)
     return result
+
+
+def can(model: NextFlowForConditionalGeneration, ability: str) -> bool:
+    """Whether a checkpoint says that it was trained for an ability, or says nothing."""
+    return model.config.abilities is None or ability in model.config.abilities
 
 
 def shows(reading: Reading, scene: Scene) -> bool:
@@ -384,13 +398,13 @@ def _objects(objects) -> frozenset:
 
 
 def _edits(tested: Tested) -> list[Edit]:
-    """An edit for each test; kinds take turns where the scene allows."""
+    """An edit for each test, of each kind in turn."""
     edits = []
-    for scene, rng in tested.scenes():
-        own = None
-        while own is None:
-            own = draw_edit(scene, rng, trained=False)
-            scene = sample_scene(rng, tested.split, tested.lattice, "placed", (0.2, 0.1, 0.5, 0.2))
+    for number, (scene, rng) in enumerate(tested.scenes()):
+        own = draw_edit(scene, rng, EDITS[number % len(EDITS)], trained=False)
+        while own is None or is_trained(own.after):
+            scene = sample_scene(rng, tested.split, tested.lattice, "placed", _FAMILIES)
+            own = draw_edit(scene, rng, EDITS[number % len(EDITS)], trained=False)
         edits.append(own)
     return edits
 

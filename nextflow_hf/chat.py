@@ -1,20 +1,24 @@
 """A conversation in words and pictures that is kept in a folder: `nextflow-hf chat`, and stories written to files."""
 
 import base64
+import hashlib
 import io
 import json
 import os
+import tempfile
 from pathlib import Path
 
 from PIL import Image
 
 from .files import save_picture, write_whole
-from .inference import assistant, own_resolution, prepare, user
+from .inference import assistant, fit_to_trained, own_resolution, tell, user
 from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
+from .processing.image_processing_base_nextflow import open_picture, to_rgb
 from .processing.processing_nextflow import NextFlowProcessor
 
 Part = str | Image.Image
 _HISTORY = "history.json"
+_SEEDS_PER_TURN = 1000
 
 
 class Chat:
@@ -48,45 +52,65 @@ class Chat:
         """Take a turn, and return the answer's texts and pictures in order. A turn that fails leaves no trace.
 
         Args:
-            parts: Texts and pictures of the turn.
+            parts: Texts and pictures of the turn; a picture is brought to the nearest size that the model was trained
+                for.
             enable_thinking: Whether the model first writes down a thought.
             generation: Goes to `generate`. Pictures are drawn at the size of the last one in the conversation.
         """
+        parts = [own if isinstance(own, str) else fit_to_trained(self.model, to_rgb(own)) for own in parts]
         turns = [*self.turns, user(*parts)]
-        pictures = [item["image"] for turn in turns for item in turn["content"] if item["type"] == "image"]
-        resolution = own_resolution(self.model, pictures[-1]) if pictures else None
-        if resolution is not None:
+        pictures = _pictures_of(turns)
+        resolution = None
+        if pictures:
+            resolution = own_resolution(self.model, pictures[-1])
             generation.setdefault("image_size", pictures[-1].size[::-1])
-        inputs = prepare(self.processor, [turns], resolution, enable_thinking=enable_thinking)
-        output = self.model.generate(
-            **inputs, generation_mode="interleaved", seed=self.seed + len(turns), do_sample=False, **generation
-        )
-        (answer,) = self.processor.post_process_multimodal_output(output, generation_mode="interleaved")
+        # Every turn has seeds of its own, as many as it may draw pictures.
+        seed = self.seed + _SEEDS_PER_TURN * len(turns)
+        (answer,) = tell(self.model, self.processor, [turns], [seed], enable_thinking, resolution, **generation)
         answer = [part for part in answer if not isinstance(part, str) or part.strip()]
         if not answer:
             raise ValueError("The model ended its turn without an answer; say it in other words.")
-        self.turns = [*turns, assistant(*answer)]
-        if self.folder is not None:
-            self._write()
+        turns.append(assistant(*answer))
+        self._write(turns)
+        self.turns = turns
         return answer
 
-    def _write(self) -> None:
+    def clear(self) -> None:
+        """Begin anew, in the folder as well."""
+        self._write([])
+        self.turns = []
+
+    def path_of(self, picture: Image.Image) -> Path | None:
+        """Where a picture of the conversation is kept."""
+        return None if self.folder is None else self.folder / _name_of(picture)
+
+    def _write(self, turns: list[dict]) -> None:
         """Pictures first, then the history that names them, so that a crash leaves the last whole conversation."""
-        saved, number = [], 0
-        for turn in self.turns:
+        if self.folder is None:
+            return
+        saved = []
+        for turn in turns:
             content = []
             for item in turn["content"]:
                 if item["type"] == "image":
-                    name = f"{number:04d}.png"
-                    if not (self.folder / name).is_file():
-                        save_picture(item["image"], self.folder / name)
-                    content.append({"type": "image", "image": name})
-                    number += 1
-                else:
-                    content.append(item)
+                    path = self.folder / _name_of(item["image"])
+                    if not path.is_file():
+                        save_picture(item["image"], path)
+                    item = {"type": "image", "image": path.name}
+                content.append(item)
             saved.append({"role": turn["role"], "content": content})
         text = json.dumps(saved, indent=1) + "\n"
         write_whole(self.folder / _HISTORY, lambda file: file.write(text.encode()))
+
+
+def _name_of(picture: Image.Image) -> str:
+    """A file name that only this picture has."""
+    digest = hashlib.sha256(repr(picture.size).encode() + picture.convert("RGB").tobytes())
+    return f"{digest.hexdigest()[:16]}.png"
+
+
+def _pictures_of(turns: list[dict]) -> list[Image.Image]:
+    return [item["image"] for turn in turns for item in turn["content"] if item["type"] == "image"]
 
 
 def _read(folder: Path) -> list[dict]:
@@ -119,24 +143,28 @@ def run_chat(chat: Chat, read=input, show=print) -> None:
             if command == "/quit":
                 return
             if command == "/new":
-                chat.turns, waiting = [], []
+                chat.clear()
+                waiting = []
             elif command == "/think":
                 thinks = not thinks
                 show(f"thinking is {'on' if thinks else 'off'}")
             elif command == "/image":
-                waiting.append(Image.open(Path(argument).expanduser()).convert("RGB"))
+                waiting.append(open_picture(str(Path(argument).expanduser())))
             elif line.startswith("/"):
                 show(f"There is no command {command!r}.")
             elif line:
                 for part in chat.say(*waiting, line, enable_thinking=thinks):
-                    show(part if isinstance(part, str) else in_terminal(part, chat.folder, len(chat.turns)))
+                    show(part if isinstance(part, str) else in_terminal(part, chat.path_of(part)))
                 waiting = []
         except (ValueError, OSError) as error:
             show(f"error: {error}")
 
 
-def in_terminal(picture: Image.Image, folder: Path | None, turn: int) -> str:
-    """What shows a picture in this terminal: itself where it can (kitty, iTerm2, WezTerm), else the file's path."""
+def in_terminal(picture: Image.Image, path: Path | None) -> str:
+    """What shows a picture in this terminal: itself where it can (kitty, iTerm2, WezTerm), else its file.
+
+    A picture that is not kept (`path` is `None`) goes to a new file in the folder of temporary files.
+    """
     encoded = io.BytesIO()
     picture.resize((picture.width * 4, picture.height * 4), Image.Resampling.NEAREST).save(encoded, format="PNG")
     data = base64.b64encode(encoded.getvalue()).decode()
@@ -149,10 +177,9 @@ def in_terminal(picture: Image.Image, folder: Path | None, turn: int) -> str:
         )
     if os.environ.get("TERM_PROGRAM") in ("iTerm.app", "WezTerm"):
         return f"\033]1337;File=inline=1;size={len(encoded.getvalue())}:{data}\a"
-    if folder is not None:
-        return f"[picture: {sorted(folder.glob('*.png'))[-1]}]"
-    path = Path(f"picture-{turn:03d}.png")
-    save_picture(picture, path)
+    if path is None:
+        path = Path(tempfile.mkdtemp(prefix="nextflow-hf-")) / _name_of(picture)
+        save_picture(picture, path)
     return f"[picture: {path}]"
 
 
@@ -161,8 +188,13 @@ def write_story(prompt: str, parts: list[Part], folder: Path, gif: bool = False)
 
     Returns:
         The files.
+
+    Raises:
+        ValueError: If the folder holds another story, whose pictures would be mixed with this one's.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "story.md").exists():
+        raise ValueError(f"{folder} holds a story already. Name another folder, or remove it.")
     lines, files, pictures = [f"# {prompt}", ""], [], []
     for part in parts:
         if isinstance(part, str):

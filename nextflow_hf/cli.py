@@ -165,17 +165,20 @@ def _describe(args: argparse.Namespace) -> None:
 
 
 def _edit(args: argparse.Namespace) -> None:
-    from PIL import Image
-
-    from .inference import edit_picture, load, place_on_canvas
+    from .inference import check_trained_size, edit_picture, load, place_on_canvas
+    from .processing.image_processing_base_nextflow import open_picture
 
     if args.mask is not None and args.size is not None:
         raise ValueError("Give --mask or --size, not both: a larger canvas has its own mask.")
-    picture = Image.open(args.picture).convert("RGB")
-    mask = None if args.mask is None else Image.open(args.mask).convert("L")
-    if args.size is not None:
-        picture, mask = place_on_canvas(picture, args.size)
+    if args.output.suffix.lower() != ".png":
+        raise ValueError(f"--output is a PNG file, got {args.output.name!r}.")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    picture = open_picture(str(args.picture))
+    mask = None if args.mask is None else open_picture(str(args.mask)).convert("L")
     model, processor = load(args.checkpoint)
+    if args.size is not None:
+        check_trained_size(model, args.size)
+        picture, mask = place_on_canvas(picture, args.size)
     edited = edit_picture(model, processor, picture, args.instruction, mask, args.seed, **_sampling(args))
     save_picture(edited, args.output)
     print(args.output)
@@ -185,6 +188,8 @@ def _story(args: argparse.Namespace) -> None:
     from .chat import write_story
     from .inference import load, tell, user
 
+    if (args.output / "story.md").exists():
+        raise ValueError(f"{args.output} holds a story already. Name another folder, or remove it.")
     args.output.mkdir(parents=True, exist_ok=True)
     model, processor = load(args.checkpoint)
     size = {} if args.size is None else {"image_size": args.size}

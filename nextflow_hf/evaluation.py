@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from . import MINI, __version__
-from .abilities import Tested, score_abilities
+from .abilities import Tested, score_abilities, score_words
 from .inference import describe_pictures, draw_prompts, load
 from .intervals import interval, resample, summarize
 from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
@@ -26,6 +26,7 @@ from .scenes import (
     make_prompts,
     parse,
 )
+from .scenes.signs import DOCUMENT_SIZE, SIGN_SIZE
 
 
 def score_drawing(
@@ -161,6 +162,8 @@ def evaluate_scenes(
         result["abilities"] = {
             f"{own[0]}x{own[1]}": score_abilities(Tested(model, processor, own, tests, seed)) for own in squares
         }
+        if {SIGN_SIZE, DOCUMENT_SIZE} <= {size, *other_sizes}:
+            result["abilities"]["words"] = score_words(Tested(model, processor, size, tests, seed))
     chosen = model._image_sampling(
         **{name: sampling.get(name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
     )
@@ -200,10 +203,11 @@ def table(result: dict) -> str:
         lines.append(f"| captions | {own['score']:.3f} | {own['low']:.3f} to {own['high']:.3f} |")
     for size, scores in result.get("abilities", {}).items():
         for name, own in scores.items():
+            label = name if size == "words" else f"{name} ({size})"
             if isinstance(own, dict):
-                lines.append(f"| {name} ({size}) | {own['score']:.3f} | {own['low']:.3f} to {own['high']:.3f} |")
+                lines.append(f"| {label} | {own['score']:.3f} | {own['low']:.3f} to {own['high']:.3f} |")
             else:
-                lines.append(f"| {name} ({size}) | {own:.3f} | |")
+                lines.append(f"| {label} | {own:.3f} | |")
     tokenizer = result["tokenizer"]
     lines.append(f"| tokenizer PSNR | {tokenizer['psnr']:.2f} dB | |")
     lines.append(f"| tokenizer codebook use | {tokenizer['codebook_use']:.1%} | |")

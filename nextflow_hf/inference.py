@@ -1,15 +1,19 @@
 """Loading a checkpoint, and answering conversations in words, pictures or both: what the command line, the demo and the
 evaluation share."""
 
+import math
 from collections.abc import Sequence
 
-from PIL import Image
+import numpy as np
+import torch
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 from transformers import AutoModelForMultimodalLM, AutoProcessor, BatchFeature
 
 from . import MINI
 from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
-from .processing.processing_nextflow import NextFlowProcessor
+from .processing.image_processing_base_nextflow import to_rgb
+from .processing.processing_nextflow import THINK_OPENING, NextFlowProcessor
 from .scenes import QUESTION
 
 Conversation = list[dict]
@@ -104,6 +108,7 @@ def tell(
     conversations: Sequence[Conversation],
     seeds: Sequence[int],
     enable_thinking: bool = False,
+    resolution: int | None = None,
     **generation,
 ) -> list[list[str | Image.Image]]:
     """Text and pictures in turn answer each conversation.
@@ -113,14 +118,20 @@ def tell(
         processor: Its processor.
         conversations: Turns as chat templates know them.
         seeds: A seed for the pictures of each.
-        enable_thinking: Whether the model first writes down a thought.
+        enable_thinking: Whether the model first writes down a thought; the answer then begins with its opening tag.
+        resolution: Level at which the model looks at pictures; the processor's by default.
         generation: Goes to `generate`, such as `image_size` and `max_images`.
     """
     answers = []
     for conversation, seed in zip(tqdm(conversations, desc="tell"), seeds, strict=True):
-        inputs = prepare(processor, [conversation], enable_thinking=enable_thinking)
+        inputs = prepare(processor, [conversation], resolution, enable_thinking=enable_thinking)
         output = model.generate(**inputs, generation_mode="interleaved", seed=seed, do_sample=False, **generation)
-        answers += processor.post_process_multimodal_output(output, generation_mode="interleaved")
+        (parts,) = processor.post_process_multimodal_output(output, generation_mode="interleaved")
+        if enable_thinking:
+            # The prompt ended with it, so it was not generated; the turn is not whole without it.
+            is_text = bool(parts) and isinstance(parts[0], str)
+            parts = [THINK_OPENING + parts[0], *parts[1:]] if is_text else [THINK_OPENING, *parts]
+        answers.append(parts)
     return answers
 
 
@@ -161,26 +172,33 @@ def edit_picture(
     Args:
         model: The model.
         processor: Its processor.
-        picture: The picture; the answer has its aspect ratio as the model sees it.
+        picture: The picture. One of a size that the model was not trained for is first brought to the nearest such
+            size: scaled to cover it, and cropped at the centre.
         instruction: What to do.
-        mask: White where the picture may change, of the picture's own size; everything else is kept to the pixel.
+        mask: White where the picture may change, of the picture's own size. Pixels further from it than one cell of the
+            finest scale are kept exactly.
         seed: Seed of what is drawn.
         sampling: Goes to `generate`.
 
     Raises:
-        ValueError: If the mask has another size than the picture.
+        ValueError: If the mask has another size than the picture, or nothing white is left of it.
     """
-    resolution = own_resolution(model, picture)
-    inputs = prepare(processor, [[user(picture, instruction)]], resolution)
-    height, width = _size_of(model, inputs["image_grids"][-1])
-    if mask is None:
-        sampling["image_size"] = (height, width)
-    else:
+    picture = to_rgb(picture)
+    if mask is not None:
         if mask.size != picture.size:
             raise ValueError(f"The mask has {mask.size} pixels (width, height), the picture {picture.size}.")
-        images = {} if resolution is None else {"resolution": resolution}
-        pixels = processor.image_processor(mask.convert("RGB"), return_tensors="pt", **images)["pixel_values"]
-        sampling["mask"] = pixels[0, 0, :height, :width] > 0
+        mask = fit_to_trained(model, mask.convert("L"), Image.Resampling.NEAREST)
+        if mask.getextrema()[1] == 0:
+            raise ValueError(
+                "Nothing of the mask is white, or what is was cropped away with the picture's border: mark what may "
+                f"change within the middle {mask.height}x{mask.width} part."
+            )
+    picture = fit_to_trained(model, picture)
+    inputs = prepare(processor, [[user(picture, instruction)]], own_resolution(model, picture))
+    if mask is None:
+        sampling["image_size"] = (picture.height, picture.width)
+    else:
+        sampling["mask"] = torch.from_numpy(np.array(mask)) > 0
     output = model.generate(**inputs, generation_mode="image", seed=seed, **sampling)
     return processor.post_process_multimodal_output(output, generation_mode="image")[0]
 
@@ -207,16 +225,37 @@ def place_on_canvas(picture: Image.Image, size: tuple[int, int]) -> tuple[Image.
     return canvas, mask
 
 
-def own_resolution(model: NextFlowForConditionalGeneration, picture: Image.Image) -> int | None:
-    """Level of a picture of a size that the model was trained for; `None` for other pictures."""
-    trained = model.config.trained_image_sizes or ()
+def check_trained_size(model: NextFlowForConditionalGeneration, size: tuple[int, int]) -> None:
+    """Raise `ValueError` unless the model draws pictures of (height, width), before any work."""
+    model.config.schedule.grids_for_size(*size)
+    model._check_image_size(size)
+
+
+def fit_to_trained(
+    model: NextFlowForConditionalGeneration,
+    picture: Image.Image,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> Image.Image:
+    """A picture at the nearest size that the model was trained for (by aspect ratio, then by area): scaled to cover it,
+    and cropped at the centre. Without recorded sizes, the nearest multiple of the tokenizer's stride."""
+    trained = model.config.trained_image_sizes
+    step = model.config.schedule.downsample
+    if not trained:
+        height, width = (max(step, round(side / step) * step) for side in (picture.height, picture.width))
+    else:
+        height, width = min(
+            trained,
+            key=lambda own: (
+                round(abs(math.log(own[0] / own[1] * picture.width / picture.height)), 6),
+                abs(math.log(own[0] * own[1] / (picture.height * picture.width))),
+            ),
+        )
+    if picture.size == (width, height):
+        return picture
+    return ImageOps.fit(picture, (width, height), resample)
+
+
+def own_resolution(model: NextFlowForConditionalGeneration, picture: Image.Image) -> int:
+    """Level of the schedule whose area is nearest to a picture's, as the side of a square one."""
     schedule = model.config.schedule
-    if [picture.height, picture.width] not in [list(size) for size in trained]:
-        return None
     return schedule.sides[schedule.level_for_size(picture.height, picture.width) - 1] * schedule.downsample
-
-
-def _size_of(model: NextFlowForConditionalGeneration, grids) -> tuple[int, int]:
-    """(height, width) in pixels of a picture with these scales, padded with zeros."""
-    last = [own for own in grids.tolist() if own[0]][-1]
-    return model.config.schedule.image_size(tuple(last))

@@ -107,11 +107,9 @@ class DocumentReader:
             yield index, self._document(index, record)
 
     def texts(self, stop: int) -> Iterator[str]:
-        """Each turn's text with its role, of the first `stop` records that are whole; pictures are not opened."""
-        for index in range(min(stop, len(self.records))):
-            record = self.records[index]
-            messages, _ = self.to_messages({name: record.get(column) for name, column in self.columns.items()})
-            for turn in messages:
+        """Each turn's text with its role, of the first `stop` records, broken ones left out."""
+        for _, document in self.read(0, stop):
+            for turn in () if isinstance(document, BrokenRecordError) else document.messages:
                 for part in turn["content"]:
                     if part["type"] == "text":
                         wordings = part["text"] if isinstance(part["text"], list) else [part["text"]]

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from ..modeling.configuration_nextflow import NextFlowConfig
+from ..modeling.configuration_nextflow import ABILITIES, NextFlowConfig
 from ..modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling.modeling_nextflow_vq import NextFlowVQModel
 from ..processing.image_processing_base_nextflow import buckets_from_schedule
@@ -120,8 +120,9 @@ class SampleGridCallback(PictureCallback):
 def train_decoder(recipe: Recipe) -> None:
     """Train the decoder on a frozen tokenizer.
 
-    `init_from`: `tokenizer` (text), `vq`, and `decoder` to go on from, whatever text tokens and codes it had. What it
-    trains on is either `data` (extracted datasets, mixed by weight) or a `source` of pictures of one size.
+    `init_from`: `tokenizer` (text), `vq`, and `decoder` to go on from, whatever text tokens and codes it had (but under
+    `fsdp_size`). What it trains on is either `data` (extracted datasets, mixed by weight) or a `source` of pictures of
+    one size.
     `stage_args`:
 
     * what is trained: `trained` (first parts of parameter names; everything but the tokenizer where it is missing), or
@@ -140,6 +141,9 @@ def train_decoder(recipe: Recipe) -> None:
             one that is sharded.
     """
     stage = recipe.stage_args
+    unknown = set(stage.get("abilities") or ()) - set(ABILITIES)
+    if unknown:
+        raise ValueError(f"`abilities` must be of {ABILITIES}, got {sorted(unknown)}.")
     if bool(recipe.data) == bool(recipe.source):
         raise ValueError("A decoder's recipe needs either `data` (extracted datasets) or a `source` of pictures.")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(recipe.init_from["tokenizer"])
@@ -209,8 +213,8 @@ def _decoder_of(recipe: Recipe, vq_model: NextFlowVQModel) -> NextFlowForConditi
         return _sharded_decoder_of(recipe, fingerprint)
     if "decoder" in recipe.init_from:
         model = NextFlowForConditionalGeneration.from_pretrained(recipe.init_from["decoder"])
-        _set_entries(model, recipe.config)
         model = _with_vocabulary_of(recipe, model, vq_model)
+        _set_entries(model, recipe.config)
     else:
         own = {name: value for name, value in recipe.config.items() if not name.startswith(("vq.", "text."))}
         config = NextFlowConfig.from_preset(recipe.preset, vq_config=vq_model.config, **own)
@@ -265,6 +269,8 @@ def _sharded_decoder_of(recipe: Recipe, fingerprint: str) -> NextFlowForConditio
 def _set_entries(model: NextFlowForConditionalGeneration, entries: dict) -> None:
     for name, value in entries.items():
         setattr(model.config, name, value)
+    # Refuse before training what would be refused when the result is loaded.
+    type(model.config)(**model.config.to_dict())
 
 
 def _freeze_all_but(model: NextFlowForConditionalGeneration, stage: dict) -> None:

@@ -211,33 +211,60 @@ def png(picture: Image.Image) -> bytes:
 class Verdicts:
     """Verdicts in a file that only grows, one JSON object a line; each is on disk before the next is asked for.
 
-    A line that a crash cut off is dropped when the file is opened again.
+    The first line says who judges; it comes with the first verdict, so that a judge that never answered leaves no
+    trace. A line that a crash cut off is dropped when the file is opened again.
+
+    Attributes:
+        judge: Who judges: settings that all verdicts of the file have in common.
 
     Raises:
         ValueError: If a line that is whole is no verdict.
     """
 
     def __init__(self, path: Path):
+        self.judge: dict | None = None
         self._path = path
         self._lock = threading.Lock()
         self._known: dict[tuple[str, str], Verdict] = {}
         if path.exists():
             self._read()
+        self._is_new = self.judge is None
 
     def _read(self) -> None:
         content = self._path.read_bytes()
         whole, _, rest = content.rpartition(b"\n")
-        for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
-            try:
-                verdict = Verdict(**json.loads(line))
-            except (ValueError, TypeError) as error:
-                raise ValueError(
-                    f"{self._path}, line {number} is no verdict: {error}. Remove that line; it is then asked for again."
-                ) from error
-            self._known.setdefault((verdict.key, verdict.question), verdict)
         if rest:
             with open(self._path, "r+b") as file:
                 file.truncate(len(content) - len(rest))
+        for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
+            try:
+                record = json.loads(line)
+                if number == 1:
+                    self.judge = dict(record["judge"])
+                else:
+                    verdict = Verdict(**record)
+                    self._known.setdefault((verdict.key, verdict.question), verdict)
+            except (ValueError, TypeError, LookupError) as error:
+                raise ValueError(
+                    f"{self._path}, line {number} is no verdict: {error!r}. Remove that line, or the file to judge "
+                    "anew."
+                ) from error
+
+    def claim(self, judge: dict) -> None:
+        """See that who judges gave the verdicts that are here.
+
+        Raises:
+            ValueError: If another did, by the settings that differ.
+        """
+        old = judge if self.judge is None else self.judge
+        names = [own for own in dict.fromkeys([*old, *judge]) if old.get(own) != judge.get(own)]
+        if names:
+            differences = "; ".join(f"{own}: {old.get(own)!r} there, {judge.get(own)!r} now" for own in names)
+            raise ValueError(
+                f"The verdicts in {self._path} are another judge's ({differences}). Use the same judge, or remove the "
+                "file to judge anew."
+            )
+        self.judge = judge
 
     def get(self, key: str, question: str) -> Verdict | None:
         """The verdict on an item, if there is one."""
@@ -245,10 +272,12 @@ class Verdicts:
 
     def add(self, verdict: Verdict) -> None:
         """Keep a verdict."""
-        line = json.dumps(vars(verdict), ensure_ascii=False).encode() + b"\n"
         with self._lock:
+            lines = [{"judge": self.judge}] if self._is_new else []
+            text = "".join(json.dumps(own, ensure_ascii=False) + "\n" for own in [*lines, vars(verdict)])
             with open(self._path, "ab") as file:
-                file.write(line)
+                file.write(text.encode())
                 file.flush()
                 os.fsync(file.fileno())
+            self._is_new = False
             self._known[(verdict.key, verdict.question)] = verdict

@@ -26,7 +26,7 @@ class Edit:
     Attributes:
         kind: One of `KINDS`.
         text: The instruction.
-        change: What is different afterwards, said of both pictures.
+        change: What is different afterwards, in the one wording that is right.
         before: The scene.
         after: The changed scene.
     """
@@ -108,11 +108,13 @@ def _changed(scene: Scene, own: SceneObject, **changes) -> Scene | None:
         return None
 
 
-def _target(scene: Scene, rng: np.random.Generator, hidden: tuple[str, ...] = ()) -> tuple[SceneObject, str] | None:
-    """An object and words for it."""
+def _target(
+    scene: Scene, rng: np.random.Generator, hidden: tuple[str, ...] = ()
+) -> tuple[SceneObject, str, str] | None:
+    """An object, words that ask for it, and the words by which a change of it is always told."""
     own = scene.objects[rng.integers(len(scene.objects))]
     words = refer(scene, own, rng, hidden)
-    return None if words is None else (own, words)
+    return None if words is None else (own, words, refer(scene, own, hidden=hidden))
 
 
 def _other(options: tuple[str, ...], current: str, rng: np.random.Generator) -> str:
@@ -124,26 +126,26 @@ def _recolor(scene: Scene, rng: np.random.Generator):
     target = _target(scene, rng)
     if target is None:
         return None
-    own, words = target
+    own, words, name = target
     color = _other(tuple(COLORS), own.color, rng)
     after = _changed(scene, own, color=color)
-    return f"make {words} {color}", f"{words} became {color}", after
+    return f"make {words} {color}", f"{name} became {color}", after
 
 
 def _reshape(scene: Scene, rng: np.random.Generator):
     target = _target(scene, rng)
     if target is None:
         return None
-    own, words = target
+    own, words, name = target
     shape = _other(SHAPES, own.shape, rng)
-    return f"turn {words} into a {shape}", f"{words} became a {shape}", _changed(scene, own, shape=shape)
+    return f"turn {words} into a {shape}", f"{name} became a {shape}", _changed(scene, own, shape=shape)
 
 
 def _resize(scene: Scene, rng: np.random.Generator):
     target = _target(scene, rng, hidden=("size",))
     if target is None:
         return None
-    own, words = target
+    own, words, name = target
     size = _other(SIZES, own.size, rng)
     # It keeps its named place, where it has one in the new size as well.
     place = named_cells(own.size, scene.lattice).get(own.cell)
@@ -151,29 +153,29 @@ def _resize(scene: Scene, rng: np.random.Generator):
     if place is None or place not in cells:
         return None
     after = _changed(scene, own, size=size, cell=cells[place])
-    return None if after is None else (f"make {words} {size}", f"{words} became {size}", after)
+    return None if after is None else (f"make {words} {size}", f"{name} became {size}", after)
 
 
 def _move(scene: Scene, rng: np.random.Generator):
     target = _target(scene, rng)
     if target is None:
         return None
-    own, words = target
+    own, words, name = target
     places = list(named_cells(own.size, scene.lattice).items())
     cell, place = places[rng.integers(len(places))]
     after = _changed(scene, own, cell=cell)
     if after is None:
         return None
-    return f"move {words} {to_place(place)}", f"{words} moved {to_place(place)}", after
+    return f"move {words} {to_place(place)}", f"{name} moved {to_place(place)}", after
 
 
 def _remove(scene: Scene, rng: np.random.Generator):
     target = _target(scene, rng)
     if target is None or len(scene.objects) == 1:
         return None
-    own, words = target
+    own, words, name = target
     left = tuple(other for other in scene.objects if other is not own)
-    return f"remove {words}", f"{words} is gone", replace(scene, objects=left)
+    return f"remove {words}", f"{name} is gone", replace(scene, objects=left)
 
 
 def _add(scene: Scene, rng: np.random.Generator):

@@ -53,23 +53,25 @@ def ask_several(scene: Scene, rng: np.random.Generator, number: int) -> list[Que
     return list(found.values())
 
 
-def refer(scene: Scene, own: SceneObject, rng: np.random.Generator, hidden: tuple[str, ...] = ()) -> str | None:
+def refer(
+    scene: Scene, own: SceneObject, rng: np.random.Generator | None = None, hidden: tuple[str, ...] = ()
+) -> str | None:
     """Words that fit one object of a scene alone: "the red circle", "the large object".
 
     Args:
         scene: The scene.
         own: One of its objects.
-        rng: Chooses among the shortest.
+        rng: Chooses among the shortest; without it, the shape is said before the colour, and that before the size.
         hidden: Of "size", "color" and "shape" what must not be said.
 
     Returns:
         `None` if no such words fit it alone.
     """
-    told = [name for name in ("size", "color", "shape") if name not in hidden]
+    told = [name for name in ("shape", "color", "size") if name not in hidden]
     for number in range(1, len(told) + 1):
         options = [names for names in combinations(told, number) if _fit(scene, own, names) == 1]
         if options:
-            names = options[rng.integers(len(options))]
+            names = options[0 if rng is None else rng.integers(len(options))]
             words = [getattr(own, name) for name in ("size", "color") if name in names]
             return " ".join(("the", *words, own.shape if "shape" in names else "object"))
     return None

@@ -130,6 +130,8 @@ class SceneRecords:
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(f"There are {len(self)} records, got number {index}.")
         scene = self.source.scene(index)
         record = {"id": f"scene {self.source.seed}.{index}", "image": self.source.image(index)}
         if self.task == "describe":

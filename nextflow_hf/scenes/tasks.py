@@ -5,6 +5,7 @@ Every record is of kind `messages` (`docs/data.md`), so that one dataset class s
 
 from collections.abc import Callable
 from dataclasses import replace
+from inspect import signature
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from .source import QUESTION, READ_QUESTION
 from .stories import THE_END, draw_story
 from .world import BACKGROUNDS, PLACES, Scene, lattice_for, named_cells, render
 
-COMPARE_QUESTION = "what changed?"
+COMPARE_QUESTION, NOTHING = "what changed?", "nothing"
 EXAMPLE_PROMPT = "do the same"
 SUBJECT_PROMPT = "this object"
 # A place for a picture among the parts of a turn.
@@ -38,7 +39,7 @@ class TaskRecords:
         options: What only this task knows; see the functions of this module.
 
     Raises:
-        ValueError: If there is no such task.
+        ValueError: If there is no such task, or it does not know an option.
     """
 
     def __init__(
@@ -53,6 +54,9 @@ class TaskRecords:
     ):
         if task not in TASKS:
             raise ValueError(f"A task is one of {sorted(TASKS)}, got {task!r}.")
+        known = list(signature(TASKS[task]).parameters)[3:]
+        if set(options) - set(known):
+            raise ValueError(f"The task {task!r} has the options {known}, not {sorted(set(options) - set(known))}.")
         self.task, self.num_records, self.seed = task, num_records, seed
         self.sizes = tuple(map(tuple, np.atleast_2d(size).tolist()))
         self.arrangement, self.families, self.options = arrangement, tuple(families), options
@@ -61,6 +65,8 @@ class TaskRecords:
         return self.num_records
 
     def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < self.num_records:
+            raise IndexError(f"There are {self.num_records} records, got number {index}.")
         rng = np.random.default_rng((self.seed, index))
         size = self.sizes[index % len(self.sizes)]
 
@@ -133,7 +139,7 @@ def _compare(rng, scene, size):
         return None
     same = rng.random() < 0.15
     after = own.before if same else own.after
-    answer = "nothing" if same else own.change
+    answer = NOTHING if same else own.change
     return [user(IMAGE, IMAGE, COMPARE_QUESTION), assistant(answer)], [render(own.before, size), render(after, size)]
 
 
@@ -152,21 +158,24 @@ def _in_context(rng, scene, size, examples: int = 2):
 def _subject(rng, scene, size):
     """A picture of one object; the same object in a new setting."""
     own = scene()
-    subject = own.objects[0]
     places = _places(own)
     kinds = [(each.shape, each.color, each.size) for each in own.objects]
     if None in places or kinds[0] in kinds[1:]:
         return None
-    cells = list(named_cells(subject.size, own.lattice))
-    reference = Scene(
-        (replace(subject, cell=cells[rng.integers(len(cells))]),),
-        tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))],
-        own.lattice,
-    )
+    reference = draw_reference(own, rng)
     if not is_trained(reference):
         return None
     text = ask_for_subject(own)
     return [user(IMAGE, text), assistant(IMAGE)], [render(reference, size), render(own, size)]
+
+
+def draw_reference(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The first object of a scene alone, at another place on another background."""
+    subject = scene.objects[0]
+    cells = [cell for cell in named_cells(subject.size, scene.lattice) if cell != subject.cell]
+    backgrounds = [name for name in BACKGROUNDS if name != scene.background]
+    own = replace(subject, cell=cells[rng.integers(len(cells))])
+    return Scene((own,), backgrounds[rng.integers(len(backgrounds))], scene.lattice)
 
 
 def ask_for_subject(scene: Scene) -> str:

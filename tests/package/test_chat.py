@@ -7,7 +7,7 @@ from PIL import Image
 
 from nextflow_hf.chat import Chat, in_terminal, run_chat, write_story
 from nextflow_hf.cli import main
-from nextflow_hf.inference import edit_picture, load, own_resolution, place_on_canvas
+from nextflow_hf.inference import edit_picture, fit_to_trained, load, own_resolution, place_on_canvas
 from nextflow_hf.modeling.generation_nextflow import NextFlowInterleavedOutput
 from nextflow_hf.processing.processing_nextflow import CHAT_TEMPLATE
 from nextflow_hf.scenes import Scene, SceneObject, render
@@ -38,6 +38,7 @@ def test_a_conversation_is_kept_and_goes_on(tmp_path, checkpoint):
     chat = Chat(model, processor, tmp_path / "talk")
     text, picture = chat.say("draw something")
     assert text == "red" and picture.size == (64, 64)
+    assert np.array_equal(np.asarray(Image.open(chat.path_of(picture))), np.asarray(picture))
     chat.say(WIDE, "make the circle blue")
     # Pictures are drawn at the size of the last one in the conversation.
     assert calls[1]["image_size"] == (48, 80) and len(calls[1]["image_grids"]) == 2
@@ -45,9 +46,13 @@ def test_a_conversation_is_kept_and_goes_on(tmp_path, checkpoint):
     assert [turn["role"] for turn in again.turns] == ["user", "assistant"] * 2
     kept = again.turns[2]["content"][0]["image"]
     assert np.array_equal(np.asarray(kept), np.asarray(WIDE))
-    again.say("once more")
+    again.say("once more", enable_thinking=True)
     assert len(calls[2]["image_grids"]) == 3 and calls[2]["seed"] != calls[1]["seed"]
     assert len(json.loads((tmp_path / "talk" / "history.json").read_text())) == 6
+    # A thought is kept with the tag that the prompt opened it with.
+    assert again.turns[-1]["content"][0] == {"type": "text", "text": "<think>\nred"}
+    again.clear()
+    assert Chat(model, processor, tmp_path / "talk").turns == []
 
 
 def test_a_turn_that_fails_leaves_no_trace(tmp_path, checkpoint):
@@ -87,12 +92,12 @@ def test_the_terminal_takes_turns_and_commands(tmp_path, checkpoint, monkeypatch
     assert processor.tokenizer.decode(calls[0]["input_ids"][0]).endswith("assistant\n<think>\n")
 
 
-def test_pictures_stand_in_the_terminal_where_it_can(tmp_path, monkeypatch):
+def test_pictures_stand_in_the_terminal_where_it_can(monkeypatch):
     monkeypatch.setenv("KITTY_WINDOW_ID", "1")
-    assert in_terminal(PICTURE, tmp_path, 1).startswith("\033_Ga=T,f=100,m=")
+    assert in_terminal(PICTURE, None).startswith("\033_Ga=T,f=100,m=")
     monkeypatch.delenv("KITTY_WINDOW_ID")
     monkeypatch.setenv("TERM_PROGRAM", "WezTerm")
-    assert in_terminal(PICTURE, tmp_path, 1).startswith("\033]1337;File=inline=1;size=")
+    assert in_terminal(PICTURE, None).startswith("\033]1337;File=inline=1;size=")
 
 
 def test_a_story_becomes_markdown_and_frames(tmp_path):
@@ -100,6 +105,8 @@ def test_a_story_becomes_markdown_and_frames(tmp_path):
     assert [path.name for path in paths] == ["story.md", "00.png", "frames.gif"]
     assert paths[0].read_text() == "# a story\n\nit is day.\n\n![00](00.png)\n\nthe end\n"
     assert not list((tmp_path / "story").glob("*.unfinished"))
+    with pytest.raises(ValueError, match="holds a story already"):
+        write_story("another", [PICTURE], tmp_path / "story")
 
 
 def test_a_canvas_has_room_for_more():
@@ -111,10 +118,27 @@ def test_a_canvas_has_room_for_more():
         place_on_canvas(PICTURE, (64, 64))
 
 
-def test_pictures_of_trained_sizes_are_edited_at_their_own(checkpoint):
+def test_pictures_come_at_the_nearest_size_that_was_trained():
     model, _ = load("mini")
     assert own_resolution(model, PICTURE) == own_resolution(model, WIDE) == 64
-    assert own_resolution(model, PICTURE.resize((100, 100))) is None
+    assert fit_to_trained(model, PICTURE) is PICTURE and fit_to_trained(model, WIDE) is WIDE
+    for size, expected in (((100, 90), (64, 64)), ((400, 200), (80, 48)), ((30, 60), (48, 80))):
+        assert fit_to_trained(model, PICTURE.resize(size)).size == expected
+    model.config.trained_image_sizes = None
+    assert fit_to_trained(model, PICTURE.resize((100, 90))).size == (96, 88)
+
+
+def test_pictures_are_upright_and_transparency_is_white(tmp_path, capsys):
+    """As everywhere else in the package."""
+    model, processor = load("mini")
+    model.config.abilities = None
+    clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 8, 8))
+    edited = edit_picture(model, processor, clear, "make it blue", mask)
+    assert np.asarray(edited)[32:].min() == 255
+    assert main(["edit", str(tmp_path / "x.png"), "a", "--output", "x.jpg"]) == 2
+    assert "PNG" in capsys.readouterr().err
 
 
 def test_masked_editing_keeps_the_rest_of_a_picture():
@@ -127,6 +151,11 @@ def test_masked_editing_keeps_the_rest_of_a_picture():
     assert edited.size == (64, 64) and np.abs(after - before)[40:].max() == np.abs(after - before)[:, 40:].max() == 0
     with pytest.raises(ValueError, match="The mask has"):
         edit_picture(model, processor, PICTURE, "make the circle blue", mask.resize((32, 32)))
+    long = PICTURE.resize((400, 100))
+    border = Image.new("L", long.size)
+    border.paste(255, (0, 0, 20, 100))
+    with pytest.raises(ValueError, match="cropped away"):
+        edit_picture(model, processor, long, "make the circle blue", border)
 
 
 def test_the_command_line_refuses_what_does_not_go_together(tmp_path, capsys):

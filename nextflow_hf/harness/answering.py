@@ -1,0 +1,40 @@
+"""A checkpoint's answers to conversations with pictures: what the adapters of understanding libraries share."""
+
+from collections.abc import Sequence
+
+from PIL import Image
+
+from ..inference import Conversation, load, prepare
+
+
+class Answering:
+    """Answers in the checkpoint's likeliest words.
+
+    Args:
+        checkpoint: "mini", a folder or a Hub id.
+        device: Where the model runs.
+    """
+
+    def __init__(self, checkpoint: str, device: str = "cpu"):
+        self._model, self._processor = load(checkpoint)
+        self._model.to(device)
+
+    def answer(self, conversations: Sequence[Conversation], max_new_tokens: int) -> list[str]:
+        """The answer to each conversation; all are worked on at a time."""
+        inputs = prepare(self._processor, conversations).to(self._model.device)
+        output = self._model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        return self._processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def picture_of(own) -> Image.Image:
+    """A picture given as itself or as the path of a file.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if isinstance(own, Image.Image):
+        return own.convert("RGB")
+    if isinstance(own, str):
+        with Image.open(own.removeprefix("file://")) as picture:
+            return picture.convert("RGB")
+    raise ValueError(f"A picture or the path of one is needed, got {type(own).__name__}.")
