@@ -169,7 +169,8 @@ def score_conversations(tested: Tested, turns: int = 3) -> dict:
     conversations, wanted = [], []
     for scene, rng in tested.scenes():
         edits: list[Edit] = []
-        while len(edits) < turns or is_trained(edits[-1].after):
+        # The last may not undo what the others did.
+        while len(edits) < turns or is_trained(edits[-1].after) or same_picture(edits[-1].after, scene):
             edits = draw_edits(scene, rng, turns, trained=False)
         conversations.append([user(tested.picture(scene), edits[0].text)])
         wanted.append(edits)
