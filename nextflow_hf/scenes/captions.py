@@ -14,7 +14,9 @@ import numpy as np
 
 from .world import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, named_cells, relation
 
-NUMBERS = {2: "two", 3: "three", 4: "four"}
+NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
+# Those that a group of objects may have.
+NUMBERS = {number: NUMBER_WORDS[number] for number in (2, 3, 4)}
 PLURALS = {shape: f"{shape}es" if shape.endswith("s") else f"{shape}s" for shape in SHAPES}
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 RELATION_WORDS = {

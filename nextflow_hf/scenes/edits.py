@@ -11,8 +11,19 @@ import numpy as np
 
 from .captions import Group, phrase
 from .questions import refer
-from .sampling import is_trained
-from .world import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, SceneObject, named_cells
+from .sampling import draw_object, is_trained
+from .world import (
+    BACKGROUNDS,
+    COLORS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    Scene,
+    SceneObject,
+    cell_named,
+    changed,
+    named_cells,
+)
 
 KINDS = ("recolor", "reshape", "resize", "move", "remove", "add", "background")
 MAX_OBJECTS = 4
@@ -101,11 +112,8 @@ def same_picture(first: Scene, second: Scene) -> bool:
 
 def _changed(scene: Scene, own: SceneObject, **changes) -> Scene | None:
     """The scene with one object changed; `None` if it does not fit."""
-    try:
-        new = replace(own, **changes)
-        return replace(scene, objects=tuple(new if other is own else other for other in scene.objects))
-    except ValueError:
-        return None
+    new = replace(own, **changes)
+    return changed(scene, objects=tuple(new if other is own else other for other in scene.objects))
 
 
 def _target(
@@ -148,11 +156,10 @@ def _resize(scene: Scene, rng: np.random.Generator):
     own, words, name = target
     size = _other(SIZES, own.size, rng)
     # It keeps its named place, where it has one in the new size as well.
-    place = named_cells(own.size, scene.lattice).get(own.cell)
-    cells = {name: cell for cell, name in named_cells(size, scene.lattice).items()}
-    if place is None or place not in cells:
+    cell = cell_named(named_cells(own.size, scene.lattice).get(own.cell), size, scene.lattice)
+    if cell is None:
         return None
-    after = _changed(scene, own, size=size, cell=cells[place])
+    after = _changed(scene, own, size=size, cell=cell)
     return None if after is None else (f"make {words} {size}", f"{name} became {size}", after)
 
 
@@ -181,16 +188,11 @@ def _remove(scene: Scene, rng: np.random.Generator):
 def _add(scene: Scene, rng: np.random.Generator):
     if len(scene.objects) == MAX_OBJECTS:
         return None
-    size = "small" if rng.random() < 0.7 else "large"
-    places = list(named_cells(size, scene.lattice).items())
-    cell, place = places[rng.integers(len(places))]
-    own = SceneObject(SHAPES[rng.integers(len(SHAPES))], tuple(COLORS)[rng.integers(len(COLORS))], size, cell)
+    own = draw_object(rng, "small" if rng.random() < 0.7 else "large", scene.lattice)
+    where = PLACES[named_cells(own.size, scene.lattice)[own.cell]]
     words = phrase(Group(1, own.shape, own.color, own.size))
-    try:
-        after = replace(scene, objects=(*scene.objects, own))
-    except ValueError:
-        return None
-    return f"add {words} {PLACES[place]}", f"{words} came {PLACES[place]}", after
+    after = changed(scene, objects=(*scene.objects, own))
+    return f"add {words} {where}", f"{words} came {where}", after
 
 
 def _background(scene: Scene, rng: np.random.Generator):

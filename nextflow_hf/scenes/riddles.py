@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .captions import Facts, Group, phrase, words_of
+from .captions import NUMBER_WORDS, Facts, Group, phrase, words_of
 from .sampling import split_of
 from .world import COLORS, SHAPES
 
 KINDS = ("sum", "difference", "color", "shape", "both")
-_NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 # What a colour is known by: things that have it, and colours that mix to it.
 COLOR_CLUES = {
     "red": ("blood", "a ripe tomato"),
@@ -26,12 +25,12 @@ COLOR_CLUES = {
     "pink": ("a piglet", "red mixed with white"),
 }
 SHAPE_CLUES = {
-    "circle": ("a wheel", "a coin"),
-    "square": ("a chess board", "four equal sides"),
-    "triangle": ("three sides", "a slice of pizza"),
-    "cross": ("a plus sign", "a flag of Switzerland"),
-    "diamond": ("a kite", "a square on its tip"),
-    "star": ("five points", "a sheriff's badge"),
+    "circle": ("like a wheel", "like a coin"),
+    "square": ("like a chess board", "with four equal sides"),
+    "triangle": ("with three sides", "like a slice of pizza"),
+    "cross": ("like a plus sign", "as on a flag of Switzerland"),
+    "diamond": ("like a kite", "like a square on its tip"),
+    "star": ("with five points", "like a sheriff's badge"),
 }
 
 
@@ -76,20 +75,20 @@ def _draw(rng: np.random.Generator, kind: str) -> Riddle:
     if kind == "sum":
         count = int(rng.integers(2, 5))
         first = int(rng.integers(1, count))
-        terms = _NUMBERS[first], _NUMBERS[count - first]
+        terms = NUMBER_WORDS[first], NUMBER_WORDS[count - first]
         said_count = f"{terms[0]} plus {terms[1]}"
-        steps.append(f"{said_count} is {_NUMBERS[count]}")
+        steps.append(f"{said_count} is {NUMBER_WORDS[count]}")
     elif kind == "difference":
         count = int(rng.integers(1, 5))
         taken = int(rng.integers(1, 7 - count))
-        said_count = f"{_NUMBERS[count + taken]} minus {_NUMBERS[taken]}"
-        steps.append(f"{said_count} is {_NUMBERS[count]}")
+        said_count = f"{NUMBER_WORDS[count + taken]} minus {NUMBER_WORDS[taken]}"
+        steps.append(f"{said_count} is {NUMBER_WORDS[count]}")
     if kind in ("color", "both"):
         said_color = COLOR_CLUES[color][rng.integers(2)]
         steps.append(f"{said_color} is {color}")
     if kind in ("shape", "both"):
         said_shape = SHAPE_CLUES[shape][rng.integers(2)]
-        steps.append(f"{said_shape} means a {shape}")
+        steps.append(f"a shape {said_shape} is a {shape}")
     facts = Facts((Group(count, shape, color),))
     steps.append(f"so {words_of(facts)}")
     if said_count is not None:
@@ -98,7 +97,7 @@ def _draw(rng: np.random.Generator, kind: str) -> Riddle:
     elif kind == "color":
         text = f"a {shape} in the color of {said_color}"
     elif kind == "shape":
-        text = f"{phrase(Group(1, 'circle', color)).removesuffix(' circle')} shape like {said_shape}"
+        text = f"{phrase(Group(1, 'circle', color)).removesuffix(' circle')} shape {said_shape}"
     else:
-        text = f"a shape like {said_shape} in the color of {said_color}"
+        text = f"a shape {said_shape} in the color of {said_color}"
     return Riddle(kind, text, ". ".join(steps), facts)

@@ -200,6 +200,13 @@ def orderly_scene(facts, rng: np.random.Generator, lattice: tuple[int, int] = (4
     return Scene(tuple(SceneObject(group.shape, group.color, size, cell) for cell in cells), background, lattice)
 
 
+def draw_object(rng: np.random.Generator, size: str, lattice: tuple[int, int] = (4, 4)) -> SceneObject:
+    """A random object of a size, at a place that has a name."""
+    cells = list(named_cells(size, lattice))
+    color, shape = _kind(rng)
+    return SceneObject(shape, color, size, cells[rng.integers(len(cells))])
+
+
 def _draw(rng: np.random.Generator, lattice: tuple[int, int], arrangement: str, families: tuple[float, ...]) -> Scene:
     while True:
         kinds, sizes = _draw_contents(rng, families)

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .captions import Group, parse, phrase
+from .captions import NUMBER_WORDS, Group, parse, phrase
 from .edits import has_room, to_place
-from .sampling import SPLITS, is_trained, keys_of, split_of
-from .world import BACKGROUNDS, COLORS, PLACES, SHAPES, Scene, SceneObject, named_cells
+from .sampling import SPLITS, draw_object, is_trained, keys_of, split_of
+from .world import BACKGROUNDS, PLACES, Scene, SceneObject, cell_named, changed, named_cells
 
 MAX_FRAMES = 5
 _TIMES = {"white": "it is day", "gray": "it is evening", "black": "it is night"}
@@ -62,7 +62,7 @@ def draw_story(
 
 
 def _draw(rng: np.random.Generator, frames: int, lattice: tuple[int, int]) -> Story | None:
-    subject = _new(rng, lattice)
+    subject = draw_object(rng, "large" if rng.random() < 0.3 else "small", lattice)
     name = phrase(Group(1, subject.shape, subject.color, subject.size))
     the = f"the {subject.color} {subject.shape}"
     background = tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
@@ -76,25 +76,12 @@ def _draw(rng: np.random.Generator, frames: int, lattice: tuple[int, int]) -> St
         text, scene = step
         texts.append(text)
         scenes.append(scene)
-    return Story(f"tell a story of {name} in {_FRAMES[frames]} pictures", tuple(texts), tuple(scenes), subject)
-
-
-_FRAMES = {2: "two", 3: "three", 4: "four", 5: "five"}
-
-
-def _new(rng: np.random.Generator, lattice: tuple[int, int], size: str | None = None) -> SceneObject:
-    size = size or ("large" if rng.random() < 0.3 else "small")
-    cells = list(named_cells(size, lattice))
-    color = tuple(COLORS)[rng.integers(len(COLORS))]
-    return SceneObject(SHAPES[rng.integers(len(SHAPES))], color, size, cells[rng.integers(len(cells))])
+    return Story(f"tell a story of {name} in {NUMBER_WORDS[frames]} pictures", tuple(texts), tuple(scenes), subject)
 
 
 def _with(scene: Scene, **changes) -> Scene | None:
-    try:
-        after = replace(scene, **changes)
-    except ValueError:
-        return None
-    return after if after != scene and has_room(after) else None
+    after = changed(scene, **changes)
+    return after if after is not None and after != scene and has_room(after) else None
 
 
 def _go(rng: np.random.Generator, scene: Scene, the: str) -> tuple[str, Scene] | None:
@@ -110,7 +97,7 @@ def _come(rng: np.random.Generator, scene: Scene, the: str) -> tuple[str, Scene]
     """Somebody comes."""
     if len(scene.objects) == 3:
         return None
-    own = _new(rng, scene.lattice, "small")
+    own = draw_object(rng, "small", scene.lattice)
     if (own.shape, own.color) in {(each.shape, each.color) for each in scene.objects}:
         return None
     after = _with(scene, objects=(*scene.objects, own))
@@ -167,19 +154,15 @@ def _apply(scene: Scene, sentence: str) -> Scene | None:
             return replace(scene, background=_BACKGROUND_OF[found[1]])
         if found := _COMES.fullmatch(sentence):
             (group,) = parse(found[1]).groups
-            cell = _cell_of(_PLACE_OF[found[2]], group.size, scene.lattice)
+            cell = cell_named(_PLACE_OF[found[2]], group.size, scene.lattice)
             return replace(scene, objects=(*scene.objects, SceneObject(group.shape, group.color, group.size, cell)))
         if found := _GOES.fullmatch(sentence) or _LEAVES.fullmatch(sentence):
             (own,) = (each for each in scene.objects if (each.color, each.shape) == (found[1], found[2]))
             others = tuple(each for each in scene.objects if each is not own)
             if found.re is _LEAVES:
                 return replace(scene, objects=others)
-            return replace(scene, objects=(replace(own, cell=_cell_of(found[3], own.size, scene.lattice)), *others))
-    except (ValueError, AttributeError, KeyError):
+            return replace(scene, objects=(replace(own, cell=cell_named(found[3], own.size, scene.lattice)), *others))
+    except (ValueError, AttributeError, KeyError, TypeError):
         # No such object, two of them, no room, or words for nothing of this world.
         return None
     return None
-
-
-def _cell_of(place: str, size: str, lattice: tuple[int, int]) -> tuple[int, int]:
-    return {name: cell for cell, name in named_cells(size, lattice).items()}[place]

@@ -5,7 +5,7 @@ corner of it and cover 2 x 2 cells, so that a picture holds few bits and a small
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -152,6 +152,19 @@ def named_cells(size: str, lattice: tuple[int, int]) -> dict[tuple[int, int], st
         for row, vertical in rows.items()
         for column, horizontal in columns.items()
     }
+
+
+def cell_named(place: str, size: str, lattice: tuple[int, int]) -> tuple[int, int] | None:
+    """The cell of an object of this size at a named place; `None` where the lattice has none."""
+    return next((cell for cell, name in named_cells(size, lattice).items() if name == place), None)
+
+
+def changed(scene: Scene, **changes) -> Scene | None:
+    """A scene with other objects or another background; `None` if the objects do not fit."""
+    try:
+        return replace(scene, **changes)
+    except ValueError:
+        return None
 
 
 def relation(a: SceneObject, b: SceneObject) -> str | None:
