@@ -37,6 +37,8 @@ def build_config(width: int, layers: int) -> NextFlowConfig:
     vq.update(sides=paper.sides, levels=paper.levels, final_grids=paper.final_grids)
     text = mini.text_config.to_dict()
     text.update(hidden_size=width, intermediate_size=11 * width // 4, num_hidden_layers=layers, layer_types=None)
+    # Heads of 64, as wide as the sections of their rotary positions.
+    text.update(num_attention_heads=width // 64, num_key_value_heads=max(1, width // 128))
     return NextFlowConfig(
         **{
             name: getattr(mini, name)
