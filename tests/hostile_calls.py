@@ -39,6 +39,16 @@ class Bench:
         ids = kwargs.pop("input_ids", torch.tensor([[7, 8, 9]]))
         return self.model.generate(ids, generation_mode="image", **kwargs)
 
+    def edit(self, pixels=0.0, **kwargs):
+        """A drawing with a picture in its prompt, by a checkpoint that may edit."""
+        self.model.config.abilities = None
+        picture = {} if pixels is None else {"pixel_values": torch.full((1, 3, 32, 32), pixels)}
+        ids = [7] if pixels is None else [7, *IMAGE, 8]
+        try:
+            return self.draw(input_ids=torch.tensor([ids]), **picture, **kwargs)
+        finally:
+            self.model.config.abilities = ["image", "caption"]
+
     def chat(self, *content):
         return self.processor.apply_chat_template(
             [{"role": "user", "content": list(content)}], tokenize=True, return_dict=True, return_tensors="pt"
@@ -109,6 +119,11 @@ CALLS = {
         input_ids=torch.tensor([[7, 0]]), attention_mask=torch.tensor([[1, 0]])
     ),
     "a mask of the wrong shape": lambda b: b.draw(attention_mask=torch.ones(1, 5)),
+    "an edit mask without a picture": lambda b: b.edit(pixels=None, mask=torch.ones(32, 32)),
+    "an edit mask of another size": lambda b: b.edit(mask=torch.ones(16, 16)),
+    "an empty edit mask": lambda b: b.edit(mask=torch.zeros(32, 32)),
+    "a picture as an edit mask": lambda b: b.edit(mask=Image.new("L", (32, 32), 255)),
+    "an edit mask and a size": lambda b: b.edit(mask=torch.ones(32, 32), image_size=(32, 32)),
     "codes out of range": lambda b: b.forward(image_codes=torch.full((1, 30), 32)),
     "negative codes": lambda b: b.forward(image_codes=torch.full((1, 30), -1)),
     "too few codes": lambda b: b.forward(image_codes=torch.zeros(1, 9, dtype=torch.long)),

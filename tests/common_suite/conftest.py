@@ -1,3 +1,4 @@
+import atexit
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ except subprocess.CalledProcessError as error:
 
 picture = Path(tempfile.gettempdir()) / f"nextflow-hf-test-picture-{os.getpid()}.png"
 Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), np.uint8)).save(picture)
+atexit.register(picture.unlink, missing_ok=True)
 os.environ["NEXTFLOW_HF_TEST_PICTURE"] = str(picture)
 
 
