@@ -13,6 +13,7 @@ import numpy as np
 from huggingface_hub import EvalResult
 
 from ..intervals import interval, resample, summarize
+from ..scenes.signs import letters_right
 from .formats import BENCHMARKS, PRISM_TRACKS, Item, words_of
 from .judge import Verdicts
 from .questions import Marks
@@ -159,9 +160,7 @@ def score_words(items: Sequence[Item], read: Mapping[str, Sequence[str]]) -> Sco
         wanted = words_of(item.prompt)
         found = [word for text in read[item.key] for word in text.lower().split()]
         right = (Counter(wanted) & Counter(found)).total()
-        near = sum(
-            max((1 - _distance(word, own) / max(len(word), len(own)) for own in found), default=0.0) for word in wanted
-        )
+        near = sum(max((letters_right(word, own) for own in found), default=0.0) for word in wanted)
         for group in ("all", item.group):
             rows.setdefault(group, []).append((right, near, len(wanted)))
     scores = {}
@@ -172,16 +171,6 @@ def score_words(items: Sequence[Item], read: Mapping[str, Sequence[str]]) -> Sco
         scores[f"{group}: word accuracy"] = summarize(sums[0] / sums[2], right / words)
         scores[f"{group}: NED"] = summarize(sums[1] / sums[2], near / words)
     return scores
-
-
-def _distance(one: str, other: str) -> int:
-    """Edit distance (Levenshtein) of two words."""
-    row = list(range(len(other) + 1))
-    for place, letter in enumerate(one, 1):
-        before, row[0] = row[0], place
-        for column, own in enumerate(other, 1):
-            before, row[column] = row[column], min(row[column] + 1, row[column - 1] + 1, before + (letter != own))
-    return row[-1]
 
 
 def read_ocr(file: Path, items: Sequence[Item]) -> dict[str, list[str]]:

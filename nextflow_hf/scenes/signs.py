@@ -244,7 +244,7 @@ def _nearest(color: np.ndarray, known: dict[str, tuple[int, int, int]]) -> str:
 
 
 def letters_right(found: str, wanted: str) -> float:
-    """1 - edit distance / length of the longer text: 1 where both are the same, 0 where nothing is."""
+    """1 - edit distance (Levenshtein) / length of the longer text: 1 where both are the same, 0 where nothing is."""
     row = list(range(len(wanted) + 1))
     for i, a in enumerate(found, 1):
         previous, row[0] = row[0], i
