@@ -18,15 +18,22 @@ from .training.stage_trainer import save_whole
 from .training.train_decoder import processor_for
 
 MAX_BYTES = 40 * 10**6
+_LOG = "training_log.json"
 
 
-def bundle(runs: Path, target: Path = Path(MINI), decoder: str = "polished", **evaluation) -> dict:
+# What drawing may lose to a checkpoint that can do more.
+TOLERANCE = 0.02
+
+
+def bundle(runs: Path, target: Path = Path(MINI), decoder: str = "tasks", **evaluation) -> dict:
     """Join decoder, tokenizer, processor, logs, scores and card in one folder.
 
     Args:
-        runs: Folder of the runs, with the decoder's, `tokenizer`, and `vq-decoder/final` (a better pixel decoder on the
-            same codes) if there is one.
-        target: Where the checkpoint goes. One that is there is replaced only by a better drawing score.
+        runs: Folder of the runs, with the decoder's, and `vq-decoder/final` (a better pixel decoder on the same codes)
+            if there is one.
+        target: Where the checkpoint goes. One that is there is replaced only by a better drawing score, or by more
+            abilities at a drawing score that is lower by at most `TOLERANCE`. Logs of stages that were not run here are
+            kept.
         decoder: Name of the run whose `final` is bundled.
         evaluation: Arguments of `evaluate_scenes`.
 
@@ -40,17 +47,16 @@ def bundle(runs: Path, target: Path = Path(MINI), decoder: str = "polished", **e
     model = NextFlowForConditionalGeneration.from_pretrained(runs / decoder / "final").eval()
     if (runs / "vq-decoder" / "final").is_dir():
         model.set_vq_model(NextFlowVQModel.from_pretrained(runs / "vq-decoder" / "final").eval())
-    processor = processor_for(model.config, PreTrainedTokenizerFast.from_pretrained(runs / "tokenizer"))
+    processor = processor_for(model.config, PreTrainedTokenizerFast.from_pretrained(runs / decoder / "final"))
     candidate = runs / "candidate"
+    logs = json.loads((target / _LOG).read_text()) if (target / _LOG).is_file() else {}
+    for path in sorted(runs.glob("*/trainer_state.json")):
+        logs[path.parent.name] = json.loads(path.read_text())["log_history"]
 
     def save(folder: Path) -> None:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        logs = {
-            path.parent.name: json.loads(path.read_text())["log_history"]
-            for path in sorted(runs.glob("*/trainer_state.json"))
-        }
-        (folder / "training_log.json").write_text(json.dumps(logs, indent=1) + "\n")
+        (folder / _LOG).write_text(json.dumps(logs, indent=1) + "\n")
         _drop_code(folder)
 
     save_whole(candidate, save)
@@ -63,13 +69,13 @@ def bundle(runs: Path, target: Path = Path(MINI), decoder: str = "polished", **e
     result["settings"]["checkpoint"] = "mini"
     # Beside the candidate whether it is taken or not.
     (candidate / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
-    existing = target / "evaluation.json"
-    if existing.is_file():
-        before = json.loads(existing.read_text())["drawing"]["overall"]["score"]
-        if result["drawing"]["overall"]["score"] <= before:
-            raise ValueError(
-                f"The score {result['drawing']['overall']['score']} does not beat {before}; nothing changed."
-            )
+    if (target / "evaluation.json").is_file():
+        before = json.loads((target / "evaluation.json").read_text())["drawing"]["overall"]["score"]
+        config = json.loads((target / "config.json").read_text())
+        can_more = set(model.config.abilities or ()) > set(config.get("abilities") or ())
+        after = result["drawing"]["overall"]["score"]
+        if after < before - TOLERANCE or (after <= before and not can_more):
+            raise ValueError(f"The score {after} does not beat {before}; nothing changed.")
     loaded, _ = load(str(candidate))
     card = model_card("nextflow-mini", loaded, result)
     (candidate / "README.md").write_text(card.content)
@@ -96,10 +102,11 @@ def main() -> None:
     """`python -m nextflow_hf.bundle RUNS`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", type=Path)
+    parser.add_argument("--decoder", default="tasks")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(table(bundle(args.runs)))
+    print(table(bundle(args.runs, decoder=args.decoder)))
 
 
 if __name__ == "__main__":
