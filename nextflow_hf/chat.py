@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from PIL import Image
@@ -183,18 +184,38 @@ def in_terminal(picture: Image.Image, path: Path | None) -> str:
     return f"[picture: {path}]"
 
 
-def write_story(prompt: str, parts: list[Part], folder: Path, gif: bool = False) -> list[Path]:
-    """Write texts and pictures as `story.md` with PNG files, and the pictures as `frames.gif` where `gif` says so.
+def check_story_files(folder: Path, mp4: bool = False) -> None:
+    """Raise before anything is drawn what [`write_story`] would raise after.
+
+    Raises:
+        ValueError: If the folder holds another story, whose pictures would be mixed with this one's.
+        ImportError: If a film is asked for where nothing can write one.
+    """
+    if (folder / "story.md").exists():
+        raise ValueError(f"{folder} holds a story already. Name another folder, or remove it.")
+    if mp4 and not all(map(find_spec, ("imageio", "imageio_ffmpeg"))):
+        raise ImportError('MP4 files need imageio and ffmpeg: pip install "nextflow-hf[video]".')
+
+
+def write_story(prompt: str, parts: list[Part], folder: Path, gif: bool = False, mp4: bool = False) -> list[Path]:
+    """Write texts and pictures as `story.md` with PNG files.
+
+    Args:
+        prompt: What the story answers: the title.
+        parts: Its texts and pictures.
+        folder: Where they go.
+        gif: Whether the pictures are written as `frames.gif` as well, a second each.
+        mp4: The same as `frames.mp4`.
 
     Returns:
         The files.
 
     Raises:
         ValueError: If the folder holds another story, whose pictures would be mixed with this one's.
+        ImportError: If a film is asked for where nothing can write one.
     """
+    check_story_files(folder, mp4)
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "story.md").exists():
-        raise ValueError(f"{folder} holds a story already. Name another folder, or remove it.")
     lines, files, pictures = [f"# {prompt}", ""], [], []
     for part in parts:
         if isinstance(part, str):
@@ -205,8 +226,8 @@ def write_story(prompt: str, parts: list[Part], folder: Path, gif: bool = False)
         lines += [f"![{path.stem}]({path.name})", ""]
         pictures.append(part)
         files.append(path)
-    if gif and pictures:
-        frames = [own.resize((own.width * 4, own.height * 4), Image.Resampling.NEAREST) for own in pictures]
+    frames = [own.resize((own.width * 4, own.height * 4), Image.Resampling.NEAREST) for own in pictures]
+    if gif and frames:
         files.append(folder / "frames.gif")
         write_whole(
             files[-1],
@@ -214,6 +235,13 @@ def write_story(prompt: str, parts: list[Part], folder: Path, gif: bool = False)
                 file, format="GIF", save_all=True, append_images=frames[1:], duration=1000, loop=0
             ),
         )
+    if mp4 and frames:
+        from diffusers.utils import export_to_video
+
+        # The encoder tells a format by its ending.
+        unfinished = folder / "unfinished.mp4"
+        export_to_video(frames, str(unfinished), fps=1)
+        files.append(unfinished.replace(folder / "frames.mp4"))
     story = folder / "story.md"
     write_whole(story, lambda file: file.write("\n".join(lines).encode()))
     return [story, *files]

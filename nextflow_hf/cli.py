@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"nextflow-hf {args.command}: {error}", file=sys.stderr)
         return 2
     return 0
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     story.add_argument("--output", type=Path, default=Path("story"), help="folder for story.md and its pictures")
     story.add_argument("--size", type=_size, help="HEIGHTxWIDTH in pixels")
     story.add_argument("--gif", action="store_true", help="write the pictures as frames.gif as well")
+    story.add_argument("--mp4", action="store_true", help="write the pictures as frames.mp4 as well")
     story.add_argument("--think", action="store_true", help="let the model write down a thought first")
     story.add_argument("--max-images", type=int, default=8)
     story.add_argument("--seed", type=int, default=0)
@@ -185,11 +186,10 @@ def _edit(args: argparse.Namespace) -> None:
 
 
 def _story(args: argparse.Namespace) -> None:
-    from .chat import write_story
+    from .chat import check_story_files, write_story
     from .inference import load, tell, user
 
-    if (args.output / "story.md").exists():
-        raise ValueError(f"{args.output} holds a story already. Name another folder, or remove it.")
+    check_story_files(args.output, args.mp4)
     args.output.mkdir(parents=True, exist_ok=True)
     model, processor = load(args.checkpoint)
     size = {} if args.size is None else {"image_size": args.size}
@@ -202,7 +202,7 @@ def _story(args: argparse.Namespace) -> None:
         max_images=args.max_images,
         **size,
     )
-    for path in write_story(args.prompt, parts, args.output, args.gif):
+    for path in write_story(args.prompt, parts, args.output, args.gif, args.mp4):
         print(path)
 
 

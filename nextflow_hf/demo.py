@@ -1,13 +1,18 @@
-"""`make demo`: draws a contact sheet, shows one picture sharpening scale by scale, and describes pictures."""
+"""`make demo`: draws a contact sheet, shows one picture sharpening scale by scale, describes pictures, answers questions
+about them, edits others, thinks before it draws, and tells a story."""
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from .abilities import can
+from .chat import write_story
 from .files import save_picture, write_whole
-from .inference import describe_pictures, draw_prompts, load
-from .scenes import SceneSource
+from .inference import answer, describe_pictures, draw, draw_prompts, load, tell, user
+from .scenes import SceneSource, render, sample_scene
+from .scenes.edits import draw_edit
 
 PROMPTS = (
     "a red circle",
@@ -19,6 +24,10 @@ PROMPTS = (
     "two pink crosses on a gray background",
     "four blue triangles",
 )
+QUESTIONS = ("how many objects are there?", "what color is the background?")
+EDITS = 8
+RIDDLE = "as many red circles as one plus two"
+STORY = "tell a story of a small red circle in three pictures"
 SEEDS = 4
 _TILE, _MARGIN, _CAPTION = 128, 8, 34
 
@@ -60,12 +69,41 @@ def run_demo(folder: Path) -> None:
     # 3. What the model reads in pictures it has not drawn.
     source = SceneSource((64, 64), 4, seed=123, split="test")
     pictures = [Image.fromarray(source.image(index)) for index in range(len(source))]
-    for index, (picture, answer) in enumerate(zip(pictures, describe_pictures(model, processor, pictures))):
+    for index, (picture, said) in enumerate(zip(pictures, describe_pictures(model, processor, pictures))):
         path = folder / f"described-{index}.png"
         save_picture(picture.resize((256, 256), Image.Resampling.NEAREST), path)
-        print(f"{path}: {answer}")
+        print(f"{path}: {said}")
+    for question in QUESTIONS:
+        for index, said in enumerate(answer(model, processor, [[user(picture, question)] for picture in pictures])):
+            print(f"{folder / f'described-{index}.png'}: {question} {said}")
     print(f"{folder / 'contact_sheet.png'}: {len(PROMPTS)} prompts x {SEEDS} seeds")
     print(f"{folder / 'sharpening.gif'}: {prompt!r}, scale by scale")
+
+    # 4. Pictures of unseen combinations, changed as an instruction says.
+    if can(model, "edit"):
+        rng = np.random.default_rng(1)
+        edits = []
+        while len(edits) < EDITS:
+            own = draw_edit(sample_scene(rng, "test", arrangement="placed"), rng, trained=False)
+            edits += [] if own is None else [own]
+        befores = [Image.fromarray(render(own.before, (64, 64))) for own in edits]
+        afters = draw(model, processor, [[user(*pair)] for pair in zip(befores, [own.text for own in edits])], range(8))
+        sheet = contact_sheet([own.text for own in edits], list(zip(befores, afters)))
+        save_picture(sheet, folder / "edits.png")
+        print(f"{folder / 'edits.png'}: given pictures above, edited ones below")
+
+    # 5. A riddle that is thought through, and a story.
+    if can(model, "interleaved"):
+        (parts,) = tell(model, processor, [[user(RIDDLE)]], [0], enable_thinking=True, max_images=1)
+        _write(RIDDLE, parts, folder / "riddle")
+        (parts,) = tell(model, processor, [[user(STORY)]], [0])
+        _write(STORY, parts, folder / "story")
+
+
+def _write(prompt: str, parts: list, folder: Path) -> None:
+    """As `write_story`, in place of what an earlier demo left."""
+    (folder / "story.md").unlink(missing_ok=True)
+    print(f"{write_story(prompt, parts, folder)[0]}: {prompt!r}")
 
 
 def contact_sheet(prompts, columns) -> Image.Image:

@@ -17,7 +17,7 @@ authors have published neither code nor weights. It is **not** a NextFlow checkp
 It knows one small world, *scenes*: one to four circles, squares, triangles, crosses, diamonds and stars, in eight
 colours and two sizes, at places that have names ("at the top left") or relative to each other ("left of"), on a plain
 white, gray or black background, in pictures of {sizes} pixels (height x width). In that world it can {abilities}. It
-knows nothing else: not photographs, not words in pictures, not free text, not editing. Calls that need an ability or a
+knows nothing else: {missing}. Calls that need an ability or a
 picture size it was not trained for are refused with an error.
 
 {table}
@@ -54,6 +54,15 @@ or data.
 """
 
 
+_VERBS = {
+    "image": "draw what a prompt asks for",
+    "caption": "describe a picture, answer questions about it and compare two",
+    "edit": "change a picture as an instruction or examples say",
+    "interleaved": "think before it draws and tell stories in pictures",
+    "text": "continue text",
+}
+
+
 def model_card(name: str, model, result: dict) -> ModelCard:
     """The card of a checkpoint.
 
@@ -66,6 +75,8 @@ def model_card(name: str, model, result: dict) -> ModelCard:
     scores = {f"drawing, {category}": own["score"] for category, own in result["drawing"].items()}
     if "captions" in result:
         scores["captions"] = result["captions"]["score"]
+    for size, own in result.get("abilities", {}).items():
+        scores |= {f"{ability}, {size}": each["score"] for ability, each in own.items() if isinstance(each, dict)}
     data = ModelCardData(
         model_name=name,
         license="apache-2.0",
@@ -84,13 +95,15 @@ def model_card(name: str, model, result: dict) -> ModelCard:
             for metric, value in scores.items()
         ],
     )
-    verbs = {"image": "draw what a prompt asks for", "caption": "describe a picture", "text": "continue text"}
-    abilities = [verbs.get(ability, ability) for ability in config.abilities or []]
+    known = [_VERBS[ability] for ability in config.abilities or []]
+    missing = ["not photographs", "not words in pictures", "not free text"]
+    missing += [] if "edit" in (config.abilities or []) else ["not editing"]
     body = _BODY.format(
         name=name,
         sizes=" or ".join("x".join(map(str, size)) for size in config.trained_image_sizes),
         sampling=", ".join(f"`{setting}` {value}" for setting, value in result["settings"]["sampling"].items()),
-        abilities=" and ".join(abilities),
+        abilities=" and ".join(filter(None, (", ".join(known[:-1]), *known[-1:]))),
+        missing=", ".join(missing),
         table=table(result),
         parameters=model.num_parameters() / 1e6,
         decoder=(model.num_parameters() - model.vq_model.num_parameters()) / 1e6,

@@ -1,5 +1,6 @@
 import json
 
+import imageio
 import numpy as np
 import pytest
 import torch
@@ -101,12 +102,28 @@ def test_pictures_stand_in_the_terminal_where_it_can(monkeypatch):
 
 
 def test_a_story_becomes_markdown_and_frames(tmp_path):
-    paths = write_story("a story", ["it is day.", PICTURE, "the end"], tmp_path / "story", gif=True)
-    assert [path.name for path in paths] == ["story.md", "00.png", "frames.gif"]
-    assert paths[0].read_text() == "# a story\n\nit is day.\n\n![00](00.png)\n\nthe end\n"
+    parts = ["it is day.", PICTURE, "it becomes night.", PICTURE.rotate(90), "the end"]
+    paths = write_story("a story", parts, tmp_path / "story", gif=True, mp4=True)
+    assert sorted(path.name for path in paths) == sorted(path.name for path in (tmp_path / "story").iterdir())
+    assert [path.name for path in paths] == ["story.md", "00.png", "01.png", "frames.gif", "frames.mp4"]
+    film = imageio.get_reader(paths[-1])
+    assert film.get_meta_data()["duration"] == pytest.approx(2)
+    seen = next(iter(film)).astype(int)
+    drawn = np.asarray(PICTURE.resize(seen.shape[1::-1], Image.Resampling.NEAREST), int)
+    assert np.abs(seen - drawn).mean() < 16
+    assert paths[0].read_text() == (
+        "# a story\n\nit is day.\n\n![00](00.png)\n\nit becomes night.\n\n![01](01.png)\n\nthe end\n"
+    )
     assert not list((tmp_path / "story").glob("*.unfinished"))
     with pytest.raises(ValueError, match="holds a story already"):
         write_story("another", [PICTURE], tmp_path / "story")
+
+
+def test_a_film_without_its_library_is_refused_before_anything_is_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nextflow_hf.chat.find_spec", lambda name: None)
+    monkeypatch.setattr("nextflow_hf.inference.load", pytest.fail)
+    assert main(["story", "a story", "--output", str(tmp_path / "story"), "--mp4"]) == 2
+    assert 'pip install "nextflow-hf[video]"' in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_a_canvas_has_room_for_more():
