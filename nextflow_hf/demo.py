@@ -1,4 +1,4 @@
-"""`make demo`: draws a contact sheet, shows one picture sharpening scale by scale, describes pictures, answers questions
+"""`make demo`: draws a contact sheet, shows a picture sharpening scale by scale, describes pictures, answers questions
 about them, edits others, thinks before it draws, and tells a story."""
 
 from pathlib import Path
