@@ -6,6 +6,8 @@ one buffer for the head's weight. Under autocast the products are taken in its t
 cast block by block, never whole.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -46,6 +48,38 @@ def chunked_cross_entropy(head: nn.Module, hidden_states: torch.Tensor, labels: 
         return of_chunk(hidden_states, labels)
     chunks = zip(hidden_states.split(rows_at_once), labels.split(rows_at_once))
     return torch.cat([checkpoint(of_chunk, rows, targets, use_reentrant=False) for rows, targets in chunks])
+
+
+def chunked_code_scores(
+    score: Callable[[torch.Tensor], torch.Tensor],
+    hidden_states: torch.Tensor,
+    codes: torch.LongTensor,
+    temperature: float,
+    codebook_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each code, and the entropy of its distribution, a chunk of rows at a time.
+
+    Args:
+        score: `(rows, hidden_size)` -> `(rows, codebook_size)`.
+        hidden_states: `(rows, hidden_size)`.
+        codes: `(rows,)`.
+        temperature: Divides the scores.
+        codebook_size: How many codes there are.
+
+    Returns:
+        Two of `(rows,)`.
+    """
+
+    def of_chunk(rows, chosen):
+        log_probs = (score(rows) / temperature).log_softmax(dim=-1)
+        return log_probs.gather(-1, chosen[:, None])[:, 0], -(log_probs.exp() * log_probs).sum(dim=-1)
+
+    rows_at_once = max(1, CHUNK_ELEMENTS // codebook_size)
+    if len(codes) <= rows_at_once:
+        return of_chunk(hidden_states, codes)
+    chunks = zip(hidden_states.split(rows_at_once), codes.split(rows_at_once))
+    parts = [checkpoint(of_chunk, rows, chosen, use_reentrant=False) for rows, chosen in chunks]
+    return tuple(torch.cat(own) for own in zip(*parts))
 
 
 def _is_plain(head: nn.Module, hidden_states: torch.Tensor) -> bool:

@@ -6,6 +6,7 @@ steps in [`NextScaleGenerationMixin._draw`]: one pass over the prompts, then one
 alone, all codes of a scale at once.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -226,6 +227,10 @@ class NextScaleGenerationMixin(GenerationMixin):
                 * `mask`: `(height, width)`, or one per prompt (a list where sizes differ), not 0 where the last picture
                   of each prompt is drawn anew; elsewhere it is kept, its codes at every scale and its pixels up to a
                   soft edge one cell of the finest scale wide. The answer has its size.
+                * `prefix_codes`: `(batch, codes)` codes of the first scales; only finer ones are drawn.
+                * `best_of`, `scorer`: draw so many pictures per prompt (picture i of a prompt from its seed + 1000003
+                  i) and keep the one for which `scorer` is largest: a function of the list of pictures (float tensors
+                  `(3, height, width)` in [-1, 1], one per prompt) that returns a number each.
                 * `negative_prompt_ids`, `negative_prompt_attention_mask`: what guidance leads away from; by default the
                   prompt without its text.
                 * `use_cache`, `cache_implementation` (`"dynamic"` or `"static"`): the key-value cache.
@@ -252,6 +257,8 @@ class NextScaleGenerationMixin(GenerationMixin):
             processors.extend(kwargs.pop("logits_processor", None) or [])
             return super().generate(logits_processor=processors, **kwargs)
         if mode == "image":
+            if kwargs.get("best_of") is not None or kwargs.get("scorer") is not None:
+                return self._best_images(**kwargs)
             return self._generate_images(**kwargs)
         return self._generate_interleaved(**kwargs)
 
@@ -314,6 +321,7 @@ class NextScaleGenerationMixin(GenerationMixin):
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         mask: torch.Tensor | None = None,
+        prefix_codes: torch.LongTensor | None = None,
         negative_prompt_ids: torch.LongTensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
         use_cache: bool = True,
@@ -348,6 +356,8 @@ class NextScaleGenerationMixin(GenerationMixin):
             kept = self._kept_pictures(mask, input_ids, pixel_values, image_codes, context_grids)
             image_size = [self.config.schedule.image_size(own.grids[-1]) for own in kept]
         grids = self._check_sizes(image_size, batch)
+        if prefix_codes is not None:
+            prefix_codes = self._check_prefix(prefix_codes, grids, kept)
 
         # 2. Every prompt ends with <boi>, the slot of the first scale.
         input_ids, attention_mask = self._append_boi(input_ids, attention_mask)
@@ -370,11 +380,35 @@ class NextScaleGenerationMixin(GenerationMixin):
             callback=callback_on_scale_end,
             streamer=streamer,
             kept=kept,
+            prefix_codes=prefix_codes,
         )
         images = self._decode_pictures(codes, grids)
         if kept is not None:
             images = [own.compose(image) for own, image in zip(kept, images)]
         return NextFlowImageOutput(images=images, codes=codes, grids=grids, log_probs=log_probs)
+
+    def _best_images(self, best_of: int | None = None, scorer: Callable | None = None, **kwargs) -> NextFlowImageOutput:
+        """Several pictures per prompt, of which the best by a scorer is kept."""
+        if scorer is None or not isinstance(best_of, int) or best_of < 1:
+            raise ValueError(f"Give both `scorer` and `best_of`, a whole number >= 1; got {scorer} and {best_of}.")
+        input_ids = kwargs.get("input_ids")
+        seeds = None if input_ids is None else _row_seeds(kwargs.pop("seed", None), len(input_ids))
+        best, best_scores = None, []
+        for turn in range(best_of):
+            own = None if seeds is None else [seed + 1_000_003 * turn for seed in seeds]
+            output = self._generate_images(**kwargs, seed=own)
+            scores = [float(score) for score in scorer(output.images)]
+            if len(scores) != len(output.images) or not all(map(math.isfinite, scores)):
+                raise ValueError(f"`scorer` must return {len(output.images)} finite numbers, got {scores}.")
+            if best is None:
+                best, best_scores = output, scores
+                continue
+            for row, score in enumerate(scores):
+                if score > best_scores[row]:
+                    best_scores[row] = score
+                    for name in ("images", "codes", "grids", "log_probs"):
+                        best[name][row] = output[name][row]
+        return best
 
     def _draw(
         self,
@@ -389,6 +423,7 @@ class NextScaleGenerationMixin(GenerationMixin):
         callback,
         streamer,
         kept,
+        prefix_codes,
     ) -> tuple[list[torch.LongTensor], list[torch.Tensor]]:
         """The next-scale loop. Returns the codes and log-probabilities of each picture.
 
@@ -440,6 +475,9 @@ class NextScaleGenerationMixin(GenerationMixin):
                 drawn = sample_codes(guided, uniforms.to(device), sampling.at(scale))
                 if kept is not None:
                     drawn = kept[row].constrain(drawn, scale)
+                first = sum(len(own) for own in scales[row])
+                if prefix_codes is not None and first < prefix_codes.shape[1]:
+                    drawn = prefix_codes[row, first : first + slots]
                 scales[row].append(drawn)
                 log_probs[row].append(conditional.log_softmax(dim=-1).gather(-1, drawn[:, None])[:, 0])
             # 4. Tell who watches.
@@ -683,6 +721,20 @@ class NextScaleGenerationMixin(GenerationMixin):
             grids.append(schedule.grids_for_size(*size))
             self._check_image_size(tuple(size))
         return grids
+
+    def _check_prefix(self, prefix_codes: torch.LongTensor, grids, kept) -> torch.LongTensor:
+        """Codes of the first scales of every picture, on this device."""
+        if kept is not None:
+            raise ValueError("Give a `mask` or `prefix_codes`, not both.")
+        for own in grids:
+            whole = [0, *itertools.accumulate(height * width for height, width in own)]
+            if prefix_codes.ndim != 2 or len(prefix_codes) != len(grids) or prefix_codes.shape[1] not in whole:
+                raise ValueError(
+                    f"`prefix_codes` must be ({len(grids)}, codes) with one of {whole} codes (whole scales), got "
+                    f"{tuple(prefix_codes.shape)}."
+                )
+        self.vq_model._check_codes(prefix_codes)
+        return prefix_codes.to(self.device)
 
     def _append_boi(self, input_ids, attention_mask):
         """End each row with `<boi>`, unless all do already."""

@@ -8,6 +8,7 @@ from transformers import set_seed
 from .extraction import run_extraction
 from .recipe import Recipe, load_recipe
 from .train_decoder import train_decoder
+from .train_grpo import train_grpo
 from .train_text_tokenizer import train_text_tokenizer
 from .train_vq import train_teacher, train_vq
 
@@ -37,6 +38,7 @@ STAGES: dict[str, Callable[[Recipe], None]] = {
     "vq": train_vq,
     "extract": run_extraction,
     "decoder": train_decoder,
+    "grpo": train_grpo,
     "chain": run_chain,
 }
 

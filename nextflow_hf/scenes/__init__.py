@@ -4,6 +4,7 @@ from .calibration import calibrate
 from .captions import Facts, Group, caption, caption_with_places, describe, facts_match, is_complete, parse
 from .prompts import ScenePrompt, make_prompts, scene_for
 from .referee import Reading, Referee, SeenObject, Verdict
+from .rewards import ScenePrompts, objects_f1, scene_reward, word_reward
 from .sampling import CATEGORIES, SPLITS, sample_scene
 from .signs import ReadSign, Sign, SignReader, draw_sign, render_sign, transcript, words_of_sign
 from .source import QUESTION, READ_QUESTION, SceneRecords, SceneSource, SignSource
@@ -28,6 +29,7 @@ __all__ = [
     "Scene",
     "SceneObject",
     "ScenePrompt",
+    "ScenePrompts",
     "SceneRecords",
     "SceneSource",
     "SeenObject",
@@ -45,12 +47,15 @@ __all__ = [
     "is_complete",
     "lattice_for",
     "make_prompts",
+    "objects_f1",
     "parse",
     "relation",
     "render",
     "render_sign",
     "sample_scene",
     "scene_for",
+    "scene_reward",
     "transcript",
+    "word_reward",
     "words_of_sign",
 ]

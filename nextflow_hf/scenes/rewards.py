@@ -1,0 +1,84 @@
+"""Rewards for drawing scenes, as TRL's reward functions: the referee's and the reader's verdicts."""
+
+import numpy as np
+
+from ..training.rewards import last_words, ocr_score
+from .captions import Facts, facts_match, parse
+from .prompts import make_prompts
+from .referee import Reading, Referee
+from .sampling import CATEGORIES
+from .signs import SignReader
+from .world import lattice_for
+
+
+class ScenePrompts:
+    """Prompts of all categories, for reinforcement learning: rows of `id` and `prompt`.
+
+    Args:
+        per_category: Prompts of each category.
+        split: Their combinations; those of "test" are what a checkpoint is measured by.
+        seed: Different seeds give different prompts.
+        categories: Of which; all by default.
+    """
+
+    def __init__(
+        self,
+        per_category: int = 200,
+        split: str = "train",
+        seed: int = 0,
+        categories: tuple[str, ...] = CATEGORIES,
+    ):
+        self.rows = [
+            {"id": f"{category} {index}", "prompt": [{"role": "user", "content": own.text}]}
+            for category in categories
+            for index, own in enumerate(make_prompts(category, per_category, split, seed))
+        ]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.rows[index]
+
+
+def scene_reward(prompts: list, drawn: list, **columns) -> list[float | None]:
+    """How far each picture shows what its prompt asks for: 1 if exactly, else at most 1/2.
+
+    Half of it is strict, as the score is (exactly the objects asked for, and nothing else); the other half is the F1 of
+    objects that fit the prompt, so that a picture nearly right is worth more than one all wrong. `None` for prompts
+    that are no caption of this world.
+    """
+    rewards, referees = [], {}
+    for prompt, picture in zip(prompts, drawn):
+        facts = parse(last_words(prompt))
+        if facts is None:
+            rewards.append(None)
+            continue
+        lattice = lattice_for(picture.size[::-1])
+        reading = referees.setdefault(lattice, Referee(lattice)).look(picture)
+        passed = reading.readable and facts_match(facts, reading)
+        rewards.append(0.5 * passed + 0.5 * objects_f1(facts, reading))
+    return rewards
+
+
+def objects_f1(facts: Facts, reading: Reading) -> float:
+    """F1 between the objects asked for and those seen, each counted once; places within the picture count too."""
+    left = list(reading.objects)
+    wanted = [group for group in facts.groups for _ in range(group.count)]
+    found = 0
+    for group in sorted(wanted, key=lambda own: [own.color, own.size, own.place].count(None)):
+        fitting = next((own for own in left if group.fits(own, reading.lattice)), None)
+        if fitting is not None:
+            left.remove(fitting)
+            found += 1
+    return 2 * found / max(1, len(wanted) + len(reading.objects))
+
+
+def word_reward(prompts: list, drawn: list, words: list[str], **columns) -> list[float]:
+    """`ocr_score` of the words read in each picture, by the column `words`."""
+    reader = SignReader()
+    read = [reader.read(np.asarray(picture.convert("RGB"))) for picture in drawn]
+    return [
+        ocr_score([(word, 1.0) for line in own.lines for word in line.split()], wanted.split())
+        for own, wanted in zip(read, words)
+    ]

@@ -1,0 +1,87 @@
+"""The reinforcement learning stage: [`NextFlowGRPOTrainer`] from a recipe."""
+
+import importlib
+from functools import partial
+from pathlib import Path
+
+from .data import load_source
+from .recipe import Recipe
+from .stage_trainer import check_writable, save_whole
+
+
+def train_grpo(recipe: Recipe) -> None:
+    """Let a decoder learn from rewards.
+
+    `init_from`: `decoder`, a whole checkpoint. `source`: a class of rows with `prompt` and whatever the rewards need.
+    `trainer`: arguments of [`NextFlowGRPOConfig`]. `stage_args`: `rewards` (each a `function`, "module:name", its
+    `weight`, and `args` where it is a class), `region_func` ("module:name"), and `lora` (arguments of
+    `peft.LoraConfig`; the result has the adapter in `adapter` and is merged in `final`). A run that was killed goes on.
+
+    Raises:
+        ImportError: If TRL is not installed.
+        ValueError: If there is no reward, or one cannot be found.
+    """
+    try:
+        from datasets import Dataset
+
+        from .grpo import NextFlowGRPOConfig, NextFlowGRPOTrainer
+    except ImportError as error:
+        raise ImportError('Reinforcement learning needs TRL: pip install "nextflow-hf[rl]".') from error
+    from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+    stage, output = recipe.stage_args, Path(recipe.output_dir)
+    rewards = [_load(own["function"], own.get("args")) for own in stage.get("rewards", [])]
+    if not rewards:
+        raise ValueError("`stage_args.rewards` names no reward.")
+    weights = [float(own.get("weight", 1.0)) for own in stage["rewards"]]
+    model = AutoModelForMultimodalLM.from_pretrained(recipe.init_from["decoder"])
+    # With the optimizer's two moments a checkpoint has three times the weights.
+    check_writable(output, bytes_needed=3 * 4 * model.num_parameters())
+    model.vq_model.requires_grad_(False)
+    processor = AutoProcessor.from_pretrained(recipe.init_from["decoder"])
+    rows = load_source(recipe.source)
+    peft_config = None
+    if "lora" in stage:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(**stage["lora"])
+    trainer = NextFlowGRPOTrainer(
+        model,
+        rewards,
+        args=NextFlowGRPOConfig(
+            output_dir=str(output), reward_weights=weights, **{"report_to": "none", **recipe.trainer}
+        ),
+        processing_class=processor,
+        region_func=_load(stage["region_func"], None) if "region_func" in stage else None,
+        train_dataset=Dataset.from_list([rows[index] for index in range(len(rows))]),
+        peft_config=peft_config,
+    )
+    trainer.train(resume_from_checkpoint=_last_checkpoint(output))
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    if peft_config is not None:
+        save_whole(output / "adapter", trained.save_pretrained)
+        trained = trained.merge_and_unload()
+    trained.requires_grad_(True)
+    trainer.save_state()
+    save_whole(output / "final", partial(_save, trained, processor))
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint; the trainer's state is written last."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[-1]))) if whole else None
+
+
+def _save(model, processor, folder: Path) -> None:
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _load(name: str, args: dict | None):
+    """What "module:name" names; a class is made with `args`."""
+    module, _, own = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), own)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"There is no {name!r}; name a function or class as module:name.") from error
+    return found(**(args or {})) if isinstance(found, type) else found
