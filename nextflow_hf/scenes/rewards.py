@@ -40,6 +40,9 @@ class ScenePrompts:
     def __getitem__(self, index: int) -> dict:
         return self.rows[index]
 
+    def __iter__(self):
+        return iter(self.rows)
+
 
 def scene_reward(prompts: list, drawn: list, **columns) -> list[float | None]:
     """How far each picture shows what its prompt asks for: 1 if exactly, else at most 1/2.

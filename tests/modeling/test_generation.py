@@ -430,3 +430,38 @@ def test_refuses_masks_that_do_not_fit(mask, message):
 def test_refuses_a_mask_without_a_picture():
     with pytest.raises(ValueError, match="must hold the picture"):
         small_model().generate(**PROMPTS, **DRAW, mask=left_half())
+
+
+def test_given_first_scales_are_kept_and_the_rest_is_drawn_from_them():
+    model = small_model()
+    whole = draw(model, image_size=(32, 32))
+    prefix = torch.stack([own[:5] for own in whole.codes])
+    again = draw(model, image_size=(32, 32), prefix_codes=prefix)
+    assert_same_pictures(whole, again, atol=0)
+    other = draw(model, image_size=(32, 32), prefix_codes=(prefix + 1) % 32)
+    for row, codes in enumerate(other.codes):
+        assert torch.equal(codes[:5], (prefix[row] + 1) % 32) and not torch.equal(codes[5:], whole.codes[row][5:])
+    # The log-probabilities of given codes are the model's too.
+    torch.testing.assert_close(again.log_probs[0][:5], whole.log_probs[0][:5])
+    with pytest.raises(ValueError, match="whole scales"):
+        draw(model, image_size=(32, 32), prefix_codes=prefix[:, :4])
+    with pytest.raises(ValueError, match="Codes must lie"):
+        draw(model, image_size=(32, 32), prefix_codes=prefix + 32)
+
+
+def test_the_best_of_several_pictures_is_kept_for_each_prompt():
+    model = small_model()
+
+    def brightness(images):
+        return [image.mean() for image in images]
+
+    best = draw(model, best_of=3, scorer=brightness)
+    turns = [draw(model, seed=[7 + row + 1_000_003 * turn for row in range(4)]) for turn in range(3)]
+    for row in range(4):
+        winner = max(turns, key=lambda own: own.images[row].mean())
+        assert torch.equal(best.codes[row], winner.codes[row]) and torch.equal(best.images[row], winner.images[row])
+        torch.testing.assert_close(best.log_probs[row], winner.log_probs[row])
+    with pytest.raises(ValueError, match="both `scorer` and `best_of`"):
+        draw(model, best_of=3)
+    with pytest.raises(ValueError, match="finite numbers"):
+        draw(model, best_of=1, scorer=lambda images: [float("nan")] * len(images))
