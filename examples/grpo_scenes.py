@@ -4,8 +4,8 @@
         --prefix_scales 4 --suffix_temperature 0 --num_generations 8 --per_device_train_batch_size 64 \
         --learning_rate 1e-4 --loss_type grpo
 
-With LoRA, add `--use_peft --lora_r 16 --lora_target_modules q_proj v_proj`: the output is then the adapter, as TRL saves
-it. Without, it is a whole checkpoint:
+With LoRA, add `--use_peft --lora_r 16 --lora_target_modules q_proj v_proj`: the output is then the adapter, as TRL
+saves it. Without, it is a whole checkpoint:
 
     nextflow-hf generate "a red circle" --checkpoint my_model --output circle
 """
