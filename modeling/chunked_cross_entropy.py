@@ -50,35 +50,37 @@ def chunked_cross_entropy(head: nn.Module, hidden_states: torch.Tensor, labels: 
     return torch.cat([checkpoint(of_chunk, rows, targets, use_reentrant=False) for rows, targets in chunks])
 
 
-def chunked_code_scores(
+def chunked_log_probs(
     score: Callable[[torch.Tensor], torch.Tensor],
     hidden_states: torch.Tensor,
-    codes: torch.LongTensor,
+    chosen: torch.LongTensor,
     temperature: float,
-    codebook_size: int,
+    size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each code, and the entropy of its distribution, a chunk of rows at a time.
+    """Log-probability of each choice, and the entropy of its distribution, a chunk of rows at a time.
 
     Args:
-        score: `(rows, hidden_size)` -> `(rows, codebook_size)`.
+        score: `(rows, hidden_size)` -> `(rows, size)`; -inf for what cannot be chosen.
         hidden_states: `(rows, hidden_size)`.
-        codes: `(rows,)`.
+        chosen: `(rows,)`.
         temperature: Divides the scores.
-        codebook_size: How many codes there are.
+        size: How many choices there are.
 
     Returns:
         Two of `(rows,)`.
     """
 
-    def of_chunk(rows, chosen):
+    def of_chunk(rows, own):
         log_probs = (score(rows) / temperature).log_softmax(dim=-1)
-        return log_probs.gather(-1, chosen[:, None])[:, 0], -(log_probs.exp() * log_probs).sum(dim=-1)
+        # What cannot be chosen adds nothing: 0 instead of 0 times infinity.
+        entropies = -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(dim=-1)
+        return log_probs.gather(-1, own[:, None])[:, 0], entropies
 
-    rows_at_once = max(1, CHUNK_ELEMENTS // codebook_size)
-    if len(codes) <= rows_at_once:
-        return of_chunk(hidden_states, codes)
-    chunks = zip(hidden_states.split(rows_at_once), codes.split(rows_at_once))
-    parts = [checkpoint(of_chunk, rows, chosen, use_reentrant=False) for rows, chosen in chunks]
+    rows_at_once = max(1, CHUNK_ELEMENTS // size)
+    if len(chosen) <= rows_at_once:
+        return of_chunk(hidden_states, chosen)
+    chunks = zip(hidden_states.split(rows_at_once), chosen.split(rows_at_once))
+    parts = [checkpoint(of_chunk, rows, own, use_reentrant=False) for rows, own in chunks]
     return tuple(torch.cat(own) for own in zip(*parts))
 
 

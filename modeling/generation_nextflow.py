@@ -574,6 +574,13 @@ class NextScaleGenerationMixin(GenerationMixin):
         scores = nn.functional.linear(hidden, rows)
         return scores if scores.dtype == torch.float64 else scores.float()
 
+    def _text_scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Only the text rows of the head, -inf for what drawing alone puts there: `(..., code_start_id)`."""
+        scores = nn.functional.linear(hidden, self.lm_head.weight[: self.config.code_start_id])
+        scores = scores if scores.dtype == torch.float64 else scores.float()
+        banned = torch.tensor([self.config.image_token_id, self.config.eoi_token_id], device=scores.device)
+        return scores.index_fill(-1, banned, -math.inf)
+
     def _make_cache(self, use_cache: bool, static: bool, prompt_length: int, grids: list[tuple[Grid, ...]]):
         if not use_cache:
             return None

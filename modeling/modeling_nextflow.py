@@ -22,7 +22,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextMod
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .block_attention import BLOCK_VARLEN, find_runs
-from .chunked_cross_entropy import chunked_code_scores, chunked_cross_entropy
+from .chunked_cross_entropy import chunked_cross_entropy, chunked_log_probs
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextScaleGenerationMixin
 from .image_layout import ImageSpan, SequenceLayout, layout_sequences, positions_in_documents, read_grids
@@ -70,6 +70,9 @@ class NextFlowOutput(ModelOutput):
         code_log_probs (`torch.FloatTensor` of shape `(scored,)`, *optional*):
             Log-probability among the codes of each of `scored_codes`, in order of image and code.
         code_entropies (`torch.FloatTensor` of shape `(scored,)`, *optional*): Entropy of each one's distribution.
+        token_log_probs (`torch.FloatTensor` of shape `(scored,)`, *optional*):
+            Log-probability among the text tokens of each of `scored_tokens`, in order of row and column.
+        token_entropies (`torch.FloatTensor` of shape `(scored,)`, *optional*): Entropy of each one's distribution.
     """
 
     loss: torch.FloatTensor | None = None
@@ -82,6 +85,8 @@ class NextFlowOutput(ModelOutput):
     image_loss_per_scale: torch.FloatTensor | None = None
     code_log_probs: torch.FloatTensor | None = None
     code_entropies: torch.FloatTensor | None = None
+    token_log_probs: torch.FloatTensor | None = None
+    token_entropies: torch.FloatTensor | None = None
 
 
 class NextFlowConnector(nn.Module):
@@ -488,6 +493,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextScaleGenerat
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         scored_codes: torch.LongTensor | None = None,
+        scored_tokens: torch.LongTensor | None = None,
         score_temperature: float = 1.0,
         **kwargs,
     ) -> NextFlowOutput:
@@ -500,12 +506,14 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextScaleGenerat
             image_labels: `(images, num_codes)` codes that the slots are to predict, aligned (not shifted); -100 where
                 there is none. With self-correction they differ from `image_codes`, which the slots are fed.
             shift_labels: `(batch, length)` text labels that are shifted already, instead of `labels`.
-            logits_to_keep: As in transformers. Ignored where labels or `scored_codes` are given: logits are then not
+            logits_to_keep: As in transformers. Ignored where labels or anything to score is given: logits are then not
                 returned.
             scored_codes: `(images, num_codes)` codes whose log-probabilities are returned, aligned with the slots as
                 `image_labels` are; -100 where none is. For reinforcement learning (NextFlow Eq 3): their sum over a
                 scale is the log-probability of that scale's action.
-            score_temperature: Divides the scores of `scored_codes`.
+            scored_tokens: `(batch, length)` text tokens whose log-probabilities are returned, each at the position
+                before its own; -100 where none is. Their chances are those among what text may hold in `generate`.
+            score_temperature: Divides the scores of `scored_codes` and `scored_tokens`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -523,7 +531,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextScaleGenerat
         )
         hidden_states = outputs.last_hidden_state
         logits = text_loss = image_loss = image_loss_per_scale = None
-        if labels is None and shift_labels is None and image_labels is None and scored_codes is None:
+        if all(own is None for own in (labels, shift_labels, image_labels, scored_codes, scored_tokens)):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
         if shift_labels is None and labels is not None:
@@ -535,13 +543,22 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextScaleGenerat
             text_loss, image_loss, image_loss_per_scale = self._losses(
                 hidden_states, shift_labels, image_labels, outputs.layout
             )
-        code_log_probs = code_entropies = None
+        code_log_probs = code_entropies = token_log_probs = token_entropies = None
         if scored_codes is not None:
             if outputs.layout is None:
                 raise ValueError("`scored_codes` need `image_codes` or `pixel_values` to say where their slots are.")
             slots, codes, _, _ = self._labelled_slots(scored_codes, outputs.layout.spans, hidden_states.device)
-            code_log_probs, code_entropies = chunked_code_scores(
+            code_log_probs, code_entropies = chunked_log_probs(
                 self._code_scores, hidden_states[slots], codes, score_temperature, self.config.vq_config.codebook_size
+            )
+        if scored_tokens is not None:
+            scored = scored_tokens != -100
+            token_log_probs, token_entropies = chunked_log_probs(
+                self._text_scores,
+                hidden_states[scored],
+                scored_tokens[scored],
+                score_temperature,
+                self.config.code_start_id,
             )
         losses = [loss for loss in (text_loss, image_loss) if loss is not None]
         return NextFlowOutput(
@@ -555,6 +572,8 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextScaleGenerat
             image_loss_per_scale=image_loss_per_scale,
             code_log_probs=code_log_probs,
             code_entropies=code_entropies,
+            token_log_probs=token_log_probs,
+            token_entropies=token_entropies,
         )
 
     def _losses(

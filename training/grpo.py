@@ -1,9 +1,9 @@
 """GRPO for next-scale pictures on TRL's trainer (NextFlow section 3.2.5, VAR-RL).
 
-A completion is the codes of one picture. What differs from TRL's trainer, and why:
+A completion is the codes of a picture, a text, or a thought and its picture. What differs from TRL's trainer, and why:
 
-* rollouts are drawn by `generate(generation_mode="image")`, through TRL's `rollout_func`;
-* log-probabilities are those of the codes, from one teacher-forced pass (TRL's go through the text head);
+* rollouts are made by the model's own `generate`, through TRL's `rollout_func`;
+* log-probabilities are those of codes among codes and of text among text, from one teacher-forced pass;
 * advantages are one number per code, for the scale weights k_t and the regions that a reward looked at;
 * rewards of several completions of one prefix become its value (VMR);
 * a reward that fails ends the run, or leaves its pictures out, as configured.
@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
-from itertools import accumulate
 
 import torch
 from torch import nn
@@ -25,6 +24,7 @@ from trl.models import unwrap_model_for_generation
 
 from ..modeling.scale_schedule import Grid
 
+COMPLETIONS = ("picture", "answer", "thought")
 ON_REWARD_ERROR = ("raise", "skip")
 # Boxes of a picture that a reward looked at: (top, left, bottom, right) in pixels; `None` is the whole picture.
 Boxes = list[tuple[float, float, float, float]] | None
@@ -36,9 +36,11 @@ class RewardError(RuntimeError):
 
 @dataclass
 class NextFlowGRPOConfig(GRPOConfig):
-    """TRL's `GRPOConfig` with what next-scale pictures need. `temperature`, `top_k` and `top_p` govern the codes.
+    """TRL's `GRPOConfig` with what next-scale pictures need. `temperature`, `top_k` and `top_p` govern text and codes.
 
     Args:
+        completion: What answers a prompt: a "picture"; a text ("answer", to questions about pictures); or a "thought"
+            and the picture drawn after it, one trajectory. Text has `max_completion_length` tokens at most.
         image_size: (height, width) in pixels of what is drawn; the checkpoint's first size by default.
         prefix_scales: Train the first m scales alone (prefix tuning, NextFlow section 3.2.5); all by default.
         suffix_temperature: Temperature of the scales that are drawn without being trained; as the others by default.
@@ -55,6 +57,7 @@ class NextFlowGRPOConfig(GRPOConfig):
         reward_timeout: Seconds a reward function may take for a batch; no limit by default.
     """
 
+    completion: str = field(default="picture")
     image_size: list[int] | None = field(default=None)
     prefix_scales: int | None = field(default=None)
     suffix_temperature: float | None = field(default=None)
@@ -79,8 +82,10 @@ class NextFlowGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"Need vmr_completions >= 1 and vmr_eta > 0, got {self.vmr_completions} and {self.vmr_eta}."
             )
-        if self.vmr_completions > 1 and self.prefix_scales is None:
-            raise ValueError("`vmr_completions` are completions of a prefix; set `prefix_scales`.")
+        if self.completion not in COMPLETIONS:
+            raise ValueError(f"`completion` must be one of {COMPLETIONS}, got {self.completion!r}.")
+        if self.vmr_completions > 1 and (self.prefix_scales is None or self.completion != "picture"):
+            raise ValueError("`vmr_completions` complete the prefix of a picture; set `prefix_scales`.")
         if self.on_reward_error not in ON_REWARD_ERROR:
             raise ValueError(f"`on_reward_error` must be one of {ON_REWARD_ERROR}, got {self.on_reward_error!r}.")
         if self.use_vllm:
@@ -93,7 +98,8 @@ class NextFlowGRPOTrainer(GRPOTrainer):
     """TRL's `GRPOTrainer` for pictures: change the class name, give reward functions that look at `drawn`.
 
     Datasets, reward functions, logging, PEFT and checkpoints are TRL's. A reward function is called with `prompts`,
-    `drawn` (PIL pictures, one per prompt) and the dataset's columns. Prompts are conversations, or texts (then of the
+    `drawn` (PIL pictures, one per prompt; `None` for a thought that ended without one, and for answers),
+    `completions` (what was said) and the dataset's columns. Prompts are conversations, or texts (then of the
     user's turn); where the dataset has an `images` column, its pictures stand before the text (editing); all of one
     size.
 
@@ -162,63 +168,133 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         return bool(every) and self.model.training and self.state.global_step % every == every - 1
 
     def roll_out(self, prompts: list) -> dict:
-        """Draw a picture per prompt.
+        """Let the model answer prompts.
 
         Returns:
-            What TRL asks of a rollout: ids of prompts and codes (as entries of the vocabulary), `env_mask` (which codes
-            are trained), and `drawn` for the reward functions.
+            What TRL asks of a rollout: ids of prompts and completions (codes as entries of the vocabulary), `env_mask`
+            (which of them are trained), and `drawn` for the reward functions.
         """
-        args, group = self.args, self.num_generations if self.model.training else self.num_generations_eval
         conversations = [[{"role": "user", "content": own}] if isinstance(own, str) else own for own in prompts]
         inputs = self.processing_class.apply_chat_template(
-            conversations, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+            enable_thinking=self.args.completion == "thought",
         ).to(self.accelerator.device)
-        counts = [height * width for height, width in self.grids]
-        prefix, scales = sum(counts[: self.prefix_scales]), len(self.grids)
-        suffix_temperature = args.temperature if args.suffix_temperature is None else args.suffix_temperature
-        trained = scales if self.trains_suffix else self.prefix_scales
+        self._regions = None
+        roll_out = {"picture": self._draw, "answer": self._answer, "thought": self._think}[self.args.completion]
+        with self._generating() as model:
+            completion_ids, masks = roll_out(model, inputs)
+        if self.region_func is not None:
+            boxes = self.region_func(prompts=prompts, drawn=self._completions[0])
+            self._regions = torch.stack([region_mask(own, self.grids, self.image_size) for own in boxes])
+            self._regions = self._regions[:, : len(masks[0])].to(self.accelerator.device)
+        kept = inputs["attention_mask"].bool()
+        return {
+            "prompt_ids": [ids[own].tolist() for ids, own in zip(inputs["input_ids"], kept)],
+            "completion_ids": completion_ids,
+            "logprobs": None,
+            "env_mask": masks,
+            "drawn": self._completions[0],
+        }
+
+    def _draw(self, model, inputs) -> tuple[list, list]:
+        """A picture per prompt: codes and which are trained. Those behind a trained prefix are not even scored."""
+        args, rows = self.args, len(inputs["input_ids"])
+        group = self.num_generations if self.model.training else self.num_generations_eval
+        prefix = self._num_codes(self.prefix_scales)
         settings = {
             **inputs,
             "generation_mode": "image",
             "image_size": self.image_size,
             "guidance_scale": args.guidance_scale,
-            "temperature": [args.temperature if scale < trained else suffix_temperature for scale in range(scales)],
+            "temperature": self._temperatures(len(self.grids) if self.trains_suffix else self.prefix_scales),
             "top_k": args.top_k,
             "top_p": args.top_p,
         }
-        with self._generating() as model:
-            output = model.generate(**settings, seed=self._seeds(len(prompts), 0))
-            codes = torch.stack(output.codes)
-            if self.trains_suffix:
-                # The completions of a group share the prefix of its first.
-                shared = codes[:, :prefix].unflatten(0, (-1, group))[:, :1].expand(-1, group, -1).flatten(0, 1)
-                output = model.generate(**settings, prefix_codes=shared, seed=self._seeds(len(prompts), 1))
-                codes = torch.stack(output.codes)
-            completions = [output.images]
-            for turn in range(1, 1 if self.trains_suffix else args.vmr_completions):
-                again = model.generate(**settings, prefix_codes=codes[:, :prefix], seed=self._seeds(len(prompts), turn))
-                completions.append(again.images)
-        self._completions = [
-            self.processing_class.post_process_multimodal_output(torch.stack(own), generation_mode="image")
-            for own in completions
-        ]
-        mask = [1] * prefix
+        output = model.generate(**settings, seed=self._seeds(rows, 0))
+        codes = torch.stack(output.codes)
         if self.trains_suffix:
-            mask = [0] * prefix + [1] * (codes.shape[1] - prefix)
-        codes = codes[:, : len(mask)]
-        self._regions = None
-        if self.region_func is not None:
-            boxes = self.region_func(prompts=prompts, drawn=self._completions[0])
-            self._regions = torch.stack([region_mask(own, self.grids, self.image_size) for own in boxes])
-            self._regions = self._regions[:, : len(mask)].to(codes.device)
-        kept = inputs["attention_mask"].bool()
-        return {
-            "prompt_ids": [ids[own].tolist() for ids, own in zip(inputs["input_ids"], kept)],
-            "completion_ids": (codes + self._own_model().config.code_start_id).tolist(),
-            "logprobs": None,
-            "env_mask": [mask] * len(prompts),
-            "drawn": self._completions[0],
-        }
+            # The completions of a group share the prefix of its first.
+            shared = codes[:, :prefix].unflatten(0, (-1, group))[:, :1].expand(-1, group, -1).flatten(0, 1)
+            output = model.generate(**settings, prefix_codes=shared, seed=self._seeds(rows, 1))
+            codes = torch.stack(output.codes)
+        completions = [output.images]
+        for turn in range(1, 1 if self.trains_suffix else args.vmr_completions):
+            again = model.generate(**settings, prefix_codes=codes[:, :prefix], seed=self._seeds(rows, turn))
+            completions.append(again.images)
+        self._completions = [self._pictures_of(own) for own in completions]
+        mask = [0] * prefix + [1] * (codes.shape[1] - prefix) if self.trains_suffix else [1] * prefix
+        codes = codes[:, : len(mask)] + self._own_model().config.code_start_id
+        return codes.tolist(), [mask] * rows
+
+    def _answer(self, model, inputs) -> tuple[list, list]:
+        """A text per prompt, up to the end of the turn."""
+        args, config = self.args, self._own_model().generation_config
+        with torch.random.fork_rng():
+            torch.manual_seed(self._seeds(1, 0)[0])
+            output = model.generate(
+                **inputs,
+                do_sample=True,
+                temperature=args.temperature,
+                top_k=args.top_k,
+                top_p=args.top_p,
+                max_new_tokens=args.max_completion_length,
+            )
+        ends = {config.eos_token_id} if isinstance(config.eos_token_id, int) else set(config.eos_token_id or ())
+        completion_ids = []
+        for ids in output[:, inputs["input_ids"].shape[1] :].tolist():
+            last = next((place for place, own in enumerate(ids) if own in ends), len(ids) - 1)
+            completion_ids.append(ids[: last + 1])
+        self._completions = [[None] * len(completion_ids)]
+        return completion_ids, [[1] * len(own) for own in completion_ids]
+
+    def _think(self, model, inputs) -> tuple[list, list]:
+        """A thought per prompt, and the picture that follows it, if one does."""
+        args, config = self.args, self._own_model().config
+        with torch.random.fork_rng():
+            torch.manual_seed(self._seeds(1, 0)[0])
+            output = model.generate(
+                **inputs,
+                generation_mode="interleaved",
+                image_size=self.image_size,
+                seed=self._seeds(len(inputs["input_ids"]), 0),
+                max_images=1,
+                max_new_tokens=args.max_completion_length,
+                do_sample=True,
+                temperature=args.temperature,
+                top_k=args.top_k,
+                top_p=args.top_p,
+                image_guidance_scale=args.guidance_scale,
+                image_temperature=self._temperatures(self.prefix_scales),
+                image_top_k=args.top_k,
+                image_top_p=args.top_p,
+            )
+        completion_ids, drawn = [], []
+        for segments, codes in zip(output.segments, output.codes):
+            pictures = [place for place, own in enumerate(segments) if own.is_floating_point()]
+            # The trajectory ends with its picture.
+            text = segments[: pictures[0]] if pictures else segments
+            ids = [token for own in text for token in own.tolist()]
+            if pictures:
+                kept = codes[0][: self._num_codes(self.prefix_scales)] + config.code_start_id
+                ids += [config.boi_token_id, *kept.tolist()]
+            completion_ids.append(ids)
+            drawn += self._pictures_of([segments[pictures[0]]]) if pictures else [None]
+        self._completions = [drawn]
+        return completion_ids, [[1] * len(own) for own in completion_ids]
+
+    def _num_codes(self, scales: int) -> int:
+        return sum(height * width for height, width in self.grids[:scales])
+
+    def _temperatures(self, trained: int) -> list[float]:
+        own, suffix = self.args.temperature, self.args.suffix_temperature
+        return [own if scale < trained or suffix is None else suffix for scale in range(len(self.grids))]
+
+    def _pictures_of(self, images: list[torch.Tensor]) -> list:
+        return self.processing_class.post_process_multimodal_output(torch.stack(images), generation_mode="image")
 
     def _generating(self):
         return unwrap_model_for_generation(
@@ -247,61 +323,89 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         num_images=None,
         **unused,
     ):
-        """Log-probabilities and entropies of the codes: `(batch, codes)` each, by one teacher-forced pass."""
-        config = self._own_model().config
-        num_codes = list(accumulate(height * width for height, width in self.grids))
-        if logits_to_keep not in num_codes:
-            raise ValueError(
-                f"A completion has {logits_to_keep} codes, but scales end at {num_codes}; leave `pad_to_multiple_of` "
-                "out."
-            )
+        """Log-probabilities and entropies of completions: `(batch, completion)` each, by one teacher-forced pass."""
+        prompt_length = input_ids.shape[1] - logits_to_keep
         log_probs, entropies = [], []
         for first in range(0, len(input_ids), batch_size or len(input_ids)):
             rows = slice(first, first + (batch_size or len(input_ids)))
-            ids = input_ids[rows]
-            codes = ids[:, -logits_to_keep:] - config.code_start_id
-            # The codes' slots: <boi> predicts the first scale, a placeholder each of the others.
-            slots = torch.full_like(codes, config.image_token_id)
-            slots[:, 0] = config.boi_token_id
-            pictures, grids, is_drawn = self._pictures(codes, pixel_values, num_images, rows)
-            scored = torch.where(is_drawn[:, None], pictures, -100)
+            completions = input_ids[rows, prompt_length:]
+            is_given = attention_mask[rows, prompt_length:].bool()
+            is_code = is_given & (completions >= self._own_model().config.code_start_id)
+            inputs = self._scoring_inputs(
+                [
+                    ids[own.bool()]
+                    for ids, own in zip(input_ids[rows, :prompt_length], attention_mask[rows, :prompt_length])
+                ],
+                [ids[own] for ids, own in zip(completions, is_given & ~is_code)],
+                [ids[own] for ids, own in zip(completions, is_code)],
+                self._context(pixel_values, num_images, rows, len(completions)),
+            )
             with self.accelerator.autocast():
-                output = model(
-                    input_ids=torch.cat([ids[:, :-logits_to_keep], slots], dim=1),
-                    attention_mask=attention_mask[rows],
-                    image_codes=pictures,
-                    image_grids=grids,
-                    scored_codes=scored.masked_fill(pictures < 0, -100),
-                    score_temperature=self.args.temperature,
-                )
-            log_probs.append(output.code_log_probs.view(codes.shape))
-            entropies.append(output.code_entropies.view(codes.shape))
+                output = model(**inputs, score_temperature=self.args.temperature)
+            for parts, tokens, codes in (
+                (log_probs, output.token_log_probs, output.code_log_probs),
+                (entropies, output.token_entropies, output.code_entropies),
+            ):
+                own = torch.zeros_like(completions, dtype=(tokens if codes is None else codes).dtype)
+                own = own.masked_scatter(is_given & ~is_code, tokens)
+                parts.append(own if codes is None else own.masked_scatter(is_code, codes))
         return torch.cat(log_probs), torch.cat(entropies) if compute_entropy else None, None
 
-    def _pictures(self, codes, pixel_values, num_images, rows: slice) -> tuple[torch.Tensor, ...]:
-        """Codes and grids of all images of the rows in order, the drawn one last in each, and which are drawn."""
-        drawn_grids = torch.tensor(self.grids)
-        counts = [0] * len(codes) if num_images is None else num_images[rows]
+    def _scoring_inputs(self, prompts, texts, codes, context) -> dict[str, torch.Tensor]:
+        """One pass over prompts and completions: what the model is given, and what of it is scored.
+
+        Args:
+            prompts: Ids of each prompt.
+            texts: Ids of each completion's text, its `<boi>` with it where the model chose to draw.
+            codes: Codes of each completion's picture, as entries of the vocabulary; none where there is no picture.
+            context: Codes and grids of the pictures in each prompt.
+        """
+        config, device = self._own_model().config, self.accelerator.device
+        drawn_grids = torch.tensor(self.grids, device=device)
+        ids, scored_tokens, pictures, scored_codes, grids = [], [], [], [], []
+        for prompt, text, own, seen in zip(prompts, texts, codes, context):
+            row = torch.cat([prompt, text])
+            # A token is scored at the position before it.
+            labels = torch.full_like(row, -100)
+            labels[len(prompt) - 1 : len(row) - 1] = text
+            pictures += [each for each, _ in seen]
+            grids += [each for _, each in seen]
+            scored_codes += [torch.full_like(each, -100) for each, _ in seen]
+            if len(own):
+                slots = torch.full_like(own, config.image_token_id)
+                slots[0] = config.boi_token_id
+                # Where the text ends with <boi>, that is the first scale's slot.
+                row = torch.cat([row[: len(row) - int(row[-1] == config.boi_token_id)], slots])
+                labels = nn.functional.pad(labels, (0, len(row) - len(labels)), value=-100)
+                pictures.append(own - config.code_start_id)
+                scored_codes.append(pictures[-1])
+                grids.append(drawn_grids)
+            ids.append(row)
+            scored_tokens.append(labels)
+        pad = nn.utils.rnn.pad_sequence
+        inputs = {
+            "input_ids": pad(ids, batch_first=True, padding_value=self._tokenizer.pad_token_id),
+            "attention_mask": pad([torch.ones_like(own) for own in ids], batch_first=True),
+            "scored_tokens": pad(scored_tokens, batch_first=True, padding_value=-100),
+        }
+        if not pictures:
+            return inputs
+        return {
+            **inputs,
+            "image_codes": pad(pictures, batch_first=True, padding_value=-1),
+            "image_grids": pad(grids, batch_first=True),
+            "scored_codes": pad(scored_codes, batch_first=True, padding_value=-100),
+        }
+
+    def _context(self, pixel_values, num_images, rows: slice, number: int) -> list[list[tuple]]:
+        """Codes and grids of the pictures in each prompt."""
+        counts = [0] * number if num_images is None else num_images[rows]
         if pixel_values is None or not sum(counts):
-            return codes, drawn_grids.expand(len(codes), -1, -1), torch.ones(len(codes), dtype=torch.bool)
+            return [[] for _ in range(number)]
         first = sum(num_images[: rows.start])
-        own = pixel_values[first : first + sum(counts)].to(codes.device)
-        context, grids = self._own_model().model.encode_images(own)
-        context, all_codes, all_grids, is_drawn = iter(zip(context, grids)), [], [], []
-        for row, count in enumerate(counts):
-            for _ in range(count):
-                seen, seen_grids = next(context)
-                all_codes.append(seen)
-                all_grids.append(torch.tensor(seen_grids))
-                is_drawn.append(False)
-            all_codes.append(codes[row])
-            all_grids.append(drawn_grids)
-            is_drawn.append(True)
-        return (
-            nn.utils.rnn.pad_sequence(all_codes, batch_first=True, padding_value=-1),
-            nn.utils.rnn.pad_sequence(all_grids, batch_first=True),
-            torch.tensor(is_drawn, device=codes.device),
-        )
+        codes, grids = self._own_model().model.encode_images(pixel_values[first : first + sum(counts)])
+        images = iter([(own, torch.tensor(each, device=own.device)) for own, each in zip(codes, grids)])
+        return [[next(images) for _ in range(count)] for count in counts]
 
     # ---- rewards and advantages --------------------------------------------------------------------------------------
 
@@ -316,8 +420,14 @@ class NextFlowGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
-        weights = scale_weights(self.grids, self.args.scale_weight_alpha, output["tool_mask"][0].bool())
-        advantages = output["advantages"][:, None] * weights.to(output["advantages"])
+        mask = output["completion_mask"].bool()
+        is_code = mask & (output["completion_ids"] >= self._own_model().config.code_start_id)
+        trained = output["tool_mask"].bool()
+        weights = torch.ones_like(output["advantages"])[:, None].repeat(1, mask.shape[1])
+        for row in is_code.any(dim=1).nonzero()[:, 0].tolist():
+            own = scale_weights(self.grids, self.args.scale_weight_alpha, trained[row, is_code[row]])
+            weights[row, is_code[row]] = own.to(weights)
+        advantages = output["advantages"][:, None] * weights
         output["advantages"] = advantages if self._regions is None else advantages * self._regions
         return output
 

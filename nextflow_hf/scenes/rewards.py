@@ -44,18 +44,20 @@ class ScenePrompts:
         return iter(self.rows)
 
 
-def scene_reward(prompts: list, drawn: list, **columns) -> list[float | None]:
-    """How far each picture shows what its prompt asks for: 1 if exactly, else at most 1/2.
+def scene_reward(prompts: list, drawn: list, wanted: list[str] | None = None, **columns) -> list[float | None]:
+    """How far each picture shows what its prompt asks for (or the column `wanted`, where prompts are riddles): 1 if
+    exactly, else at most 1/2; 0 where nothing was drawn.
 
     Half of it is strict, as the score is (exactly the objects asked for, and nothing else); the other half is the F1 of
     objects that fit the prompt, so that a picture nearly right is worth more than one all wrong. `None` for prompts
     that are no caption of this world.
     """
     rewards, referees = [], {}
-    for prompt, picture in zip(prompts, drawn):
-        facts = parse(last_words(prompt))
-        if facts is None:
-            rewards.append(None)
+    texts = map(last_words, prompts) if wanted is None else wanted
+    for text, picture in zip(texts, drawn):
+        facts = parse(text)
+        if facts is None or picture is None:
+            rewards.append(None if facts is None else 0.0)
             continue
         lattice = lattice_for(picture.size[::-1])
         reading = referees.setdefault(lattice, Referee(lattice)).look(picture)

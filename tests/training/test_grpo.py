@@ -326,11 +326,90 @@ def test_editing_sees_its_picture(checkpoint, tmp_path):
     assert (both - turned).abs().max() > 1e-4
 
 
+def scores_of(trainer, inputs):
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    with torch.no_grad():
+        return trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, mask, inputs["completion_ids"].shape[1], batch_size=3, compute_entropy=True
+        )
+
+
+def text_log_probs(model, ids, first):
+    """Log-probabilities of the tokens of `(length,)` ids from the place `first` on, among text."""
+    logits = model(input_ids=ids[None]).logits[0, first - 1 : -1, : model.config.code_start_id].clone()
+    logits[:, [model.config.image_token_id, model.config.eoi_token_id]] = -math.inf
+    return logits.log_softmax(dim=-1).gather(-1, ids[first:, None])[:, 0]
+
+
+def test_answers_in_words_are_scored_among_words(checkpoint, tmp_path):
+    def length(prompts, completion_ids, drawn, **columns):
+        assert drawn == [None] * len(prompts)
+        return [float(len(own)) for own in completion_ids]
+
+    trainer = trainer_of(checkpoint, tmp_path, reward=length, completion="answer", max_completion_length=7)
+    inputs = batch_of(trainer)
+    log_probs, entropies, _ = scores_of(trainer, inputs)
+    for row in range(8):
+        prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()]
+        said = inputs["completion_ids"][row][inputs["completion_mask"][row].bool()]
+        expected = text_log_probs(trainer.model, torch.cat([prompt, said]), len(prompt))
+        torch.testing.assert_close(log_probs[row, : len(said)], expected, atol=1e-5, rtol=1e-4)
+        assert not log_probs[row, len(said) :].any() and entropies[row, : len(said)].min() >= 0
+    trainer._compute_loss(trainer.model, inputs).backward()
+    assert trainer.model.lm_head.weight.grad.isfinite().all()
+
+
+def test_a_thought_and_its_picture_are_one_trajectory(checkpoint, tmp_path, monkeypatch):
+    def varied(prompts, completion_ids, **columns):
+        return [float(sum(own) % 7) for own in completion_ids]
+
+    trainer = trainer_of(checkpoint, tmp_path, reward=varied, completion="thought", max_completion_length=9)
+    model, boi = trainer.model, trainer.model.config.boi_token_id
+    plain = model._text_scores
+
+    def eager(hidden):
+        """Begins a picture more often than a model of random weights."""
+        scores = plain(hidden)
+        return scores.index_add(-1, torch.tensor([boi]), scores.new_full((*scores.shape[:-1], 1), 6.0))
+
+    from nextflow_hf.modeling import generation_nextflow
+
+    class Eager(generation_nextflow._TextVocabulary):
+        def __call__(self, input_ids, scores):
+            scores = super().__call__(input_ids, scores)
+            scores[:, boi] += 6
+            return scores
+
+    monkeypatch.setattr(model, "_text_scores", eager)
+    monkeypatch.setattr(generation_nextflow, "_TextVocabulary", Eager)
+    inputs = batch_of(trainer)
+    drawn = [own is not None for own in trainer._completions[0]]
+    assert any(drawn)
+    log_probs, _, _ = scores_of(trainer, inputs)
+    monkeypatch.undo()
+    for row in range(8):
+        prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()]
+        assert trainer.processing_class.tokenizer.decode(prompt).endswith("<think>\n")
+        whole = inputs["completion_ids"][row][inputs["completion_mask"][row].bool()]
+        codes = whole[whole >= model.config.code_start_id] - model.config.code_start_id
+        text = whole[: len(whole) - len(codes)]
+        assert len(codes) == (5 if drawn[row] else 0) and (not drawn[row] or text[-1] == boi)
+        if drawn[row]:
+            before = [*prompt.tolist(), *text[:-1].tolist()]
+            expected = log_probs_by_hand(model, before, codes)
+            torch.testing.assert_close(log_probs[row, len(text) : len(whole)], expected, atol=1e-5, rtol=1e-4)
+    trainer._compute_loss(model, inputs).backward()
+    assert model.model.connector.linear_1.weight.grad.any() and model.lm_head.weight.grad[:290].any()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"prefix_scales": 3}, "1 to 2"),
         ({"vmr_completions": 2}, "set `prefix_scales`"),
+        ({"vmr_completions": 2, "prefix_scales": 1, "completion": "thought"}, "prefix of a picture"),
+        ({"completion": "song"}, "must be one of"),
         ({"temperature": 0.0}, "above 0"),
         ({"on_reward_error": "ignore"}, "must be one of"),
     ],
