@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 
+import numpy as np
 import torch
 from torch import nn
 from trl import GRPOConfig, GRPOTrainer
@@ -302,12 +303,12 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         )
 
     def _seeds(self, number: int, turn: int) -> list[int]:
-        """Seeds of the pictures of this step, from the run's seed alone: a resumed run draws what it would have."""
-        process = self.accelerator.process_index + self.accelerator.num_processes * (
-            turn + 8 * int(self.model.training)
-        )
-        first = (self.args.seed * 1_000_003 + self.state.global_step) * 4096 + process
-        return [first * 65_536 + row for row in range(number)]
+        """Seeds of a rollout's pictures, from the run's seed and its place in the run alone: a resumed run draws what
+        it would have."""
+        within_step = self._step % max(1, self.args.gradient_accumulation_steps)
+        place = (self.args.seed, self.state.global_step, within_step, self.accelerator.process_index, turn)
+        rng = np.random.default_rng((*place, int(self.model.training)))
+        return rng.integers(2**62, size=number).tolist()
 
     # ---- log-probabilities -------------------------------------------------------------------------------------------
 
