@@ -1,11 +1,11 @@
-"""Rewards for pictures, as TRL's reward functions: similarity to the prompt, words read, and a judge's marks.
+"""Rewards for pictures, as TRL's reward functions: similarity to the prompt, and words read.
 
 Every one is called with `prompts`, `drawn` (PIL pictures) and the dataset's columns, and returns a number per picture.
 A mixture is a list of them with TRL's `reward_weights`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
@@ -47,28 +47,6 @@ class SimilarityReward:
             similarity = torch.nn.functional.cosine_similarity(output.image_embeds, output.text_embeds)
             scores += similarity.float().tolist()
         return scores
-
-
-class JudgeReward:
-    """Marks of any judge of pictures, such as a model behind an OpenAI-compatible endpoint, mapped to [0, 1].
-
-    Args:
-        ask: Called with a prompt's text and a picture; returns a mark, or `None` where the judge gave none.
-        low: The lowest mark.
-        high: The highest mark.
-    """
-
-    __name__ = "judge"
-
-    def __init__(self, ask: Callable[[str, Image.Image], float | None], low: float = 0.0, high: float = 1.0):
-        if not low < high:
-            raise ValueError(f"Marks go from a lower to a higher number, got {low} and {high}.")
-        self.ask, self.low, self.high = ask, low, high
-
-    def __call__(self, prompts: list, drawn: list[Image.Image], **columns) -> list[float | None]:
-        """Marks in [0, 1]; `None` where there is none."""
-        marks = [self.ask(last_words(prompt), picture) for prompt, picture in zip(prompts, drawn)]
-        return [None if own is None else (own - self.low) / (self.high - self.low) for own in marks]
 
 
 def ocr_score(read: Sequence[tuple[str, float]], wanted: Sequence[str]) -> float:

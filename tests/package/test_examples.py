@@ -28,8 +28,8 @@ def pictures(tmp_path):
     return folder
 
 
-def run_example(tmp_path, *arguments):
-    command = [sys.executable, str(EXAMPLES / "finetune_pictures.py"), *map(str, arguments)]
+def run_example(tmp_path, *arguments, script="finetune_pictures.py"):
+    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
 
@@ -63,3 +63,13 @@ def test_finetune_pictures_refuses_a_folder_without_captions(tmp_path, pictures)
         and "need the columns ['text']" in done.stderr
         and not (tmp_path / "out" / "final").exists()
     )
+
+
+def test_grpo_scenes(tmp_path):
+    settings = "--max_steps 2 --prefix_scales 2 --suffix_temperature 0 --num_generations 2 --logging_steps 1"
+    settings += " --per_device_train_batch_size 4 --gradient_checkpointing false --per_category 1 --report_to none"
+    done = run_example(tmp_path, "--output_dir", tmp_path / "out", *settings.split(), script="grpo_scenes.py")
+    assert done.returncode == 0, done.stderr
+    assert "'reward'" in done.stdout
+    tuned, _ = load(str(tmp_path / "out"))
+    assert tuned.config.abilities == load("mini")[0].config.abilities

@@ -25,6 +25,7 @@ from nextflow_hf.harness.drawer import CheckpointDrawer, Drawing, seed_of
 from nextflow_hf.harness.formats import BENCHMARKS, read_items, side_by_side, words_of
 from nextflow_hf.harness.judge import Judge, Verdict, Verdicts
 from nextflow_hf.harness.questions import QUESTIONS, Templates, read_lines, read_score
+from nextflow_hf.harness.reward import EndpointReward
 from nextflow_hf.harness.run import evaluate_benchmark
 from nextflow_hf.harness.scores import WISE_WEIGHTS, eval_results, score_verdicts
 
@@ -931,3 +932,17 @@ def test_an_adapter_needs_its_library(adapter, monkeypatch):
     monkeypatch.delitem(sys.modules, f"nextflow_hf.harness.{adapter}", raising=False)
     with pytest.raises(ImportError):
         importlib.import_module(f"nextflow_hf.harness.{adapter}")
+
+
+def test_a_judges_marks_are_a_reward():
+    def reply(text, number):
+        assert "MARK: NUMBER" in text
+        return {"a star": "MARK: 5", "a cross": "**MARK**: 2"}.get(text.split("Request: ")[1].split("\n")[0], "no idea")
+
+    with StubJudge(reply) as stub:
+        reward = EndpointReward(stub.url, "stub", sleep=lambda seconds: None)
+        picture = Image.new("RGB", (8, 8))
+        prompts = ["a star", [{"role": "user", "content": "a cross"}], "a riddle", "nothing"]
+        assert reward(prompts, [picture, picture, picture, None]) == [1.0, 0.25, None, 0.0]
+    with pytest.raises(ValueError, match="<request>"):
+        EndpointReward("http://localhost", "stub", question="How good is it?")

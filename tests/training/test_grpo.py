@@ -16,13 +16,12 @@ from nextflow_hf.training.grpo import (
     NextFlowGRPOConfig,
     NextFlowGRPOTrainer,
     RewardError,
-    guarded,
     middle_return,
     region_mask,
     scale_weights,
 )
 from nextflow_hf.training.recipe import Recipe
-from nextflow_hf.training.rewards import JudgeReward, ocr_score
+from nextflow_hf.training.rewards import SimilarityReward, ocr_score
 from nextflow_hf.training.stages import run_recipe
 from nextflow_hf.training.train_decoder import processor_for
 
@@ -452,7 +451,21 @@ def test_words_read_are_scored_as_the_paper_does():
     assert ocr_score([("cat", 0.9), ("cat", 0.4)], ["cat"]) == pytest.approx(0.4 + 0.9 - 0.6 * 3 / 9)
 
 
-def test_a_judge_gives_marks_between_zero_and_one():
-    reward = JudgeReward(lambda text, picture: {"good": 5.0, "bad": 1.0}.get(text), low=1, high=5)
-    assert reward(["good", "bad", "odd"], [None] * 3) == [1, 0, None]
-    assert guarded(reward)(prompts=["good"], drawn=[None]) == [1]
+def test_similarity_is_that_of_the_models_own_embeddings(tmp_path):
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**tower, "vocab_size": 300, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 2}
+    vision = {**tower, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(tmp_path)
+    tokenizer = train_tokenizer(["a red circle", "a blue star"] * 50, 290)
+    tokenizer.model_max_length = 16
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(tmp_path)
+    reward = SimilarityReward(str(tmp_path), batch_size=2)
+    pictures = [Image.new("RGB", (40, 40), color) for color in ("red", "blue", "white")]
+    prompts = ["a red circle", "a blue star", [{"role": "user", "content": "a red circle"}]]
+    scores = reward(prompts, pictures)
+    assert all(-1 <= own <= 1 for own in scores) and len(set(scores)) == 3
+    assert scores[2] == pytest.approx(reward(["a red circle"], pictures[2:])[0], abs=1e-5)
