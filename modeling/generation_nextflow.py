@@ -391,6 +391,8 @@ class NextScaleGenerationMixin(GenerationMixin):
         """Several pictures per prompt, of which the best by a scorer is kept."""
         if scorer is None or not isinstance(best_of, int) or best_of < 1:
             raise ValueError(f"Give both `scorer` and `best_of`, a whole number >= 1; got {scorer} and {best_of}.")
+        if kwargs.get("streamer") is not None:
+            raise ValueError("A `streamer` follows one picture; with `best_of`, leave it out.")
         input_ids = kwargs.get("input_ids")
         seeds = None if input_ids is None else _row_seeds(kwargs.pop("seed", None), len(input_ids))
         best, best_scores = None, []
@@ -574,12 +576,11 @@ class NextScaleGenerationMixin(GenerationMixin):
         scores = nn.functional.linear(hidden, rows)
         return scores if scores.dtype == torch.float64 else scores.float()
 
-    def _text_scores(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Only the text rows of the head, -inf for what drawing alone puts there: `(..., code_start_id)`."""
+    def _text_scores(self, hidden: torch.Tensor, images: bool) -> torch.Tensor:
+        """Only the text rows of the head, -inf for what text may not hold: `(..., code_start_id)`."""
         scores = nn.functional.linear(hidden, self.lm_head.weight[: self.config.code_start_id])
         scores = scores if scores.dtype == torch.float64 else scores.float()
-        banned = torch.tensor([self.config.image_token_id, self.config.eoi_token_id], device=scores.device)
-        return scores.index_fill(-1, banned, -math.inf)
+        return _TextVocabulary(self.config, images)(None, scores)
 
     def _make_cache(self, use_cache: bool, static: bool, prompt_length: int, grids: list[tuple[Grid, ...]]):
         if not use_cache:

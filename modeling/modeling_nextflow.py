@@ -11,6 +11,7 @@ What differs from Qwen2.5-VL's text decoder, whose layers, norms, rotary section
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -495,6 +496,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextScaleGenerat
         scored_codes: torch.LongTensor | None = None,
         scored_tokens: torch.LongTensor | None = None,
         score_temperature: float = 1.0,
+        score_drawing: bool = True,
         **kwargs,
     ) -> NextFlowOutput:
         """
@@ -514,6 +516,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextScaleGenerat
             scored_tokens: `(batch, length)` text tokens whose log-probabilities are returned, each at the position
                 before its own; -100 where none is. Their chances are those among what text may hold in `generate`.
             score_temperature: Divides the scores of `scored_codes` and `scored_tokens`.
+            score_drawing: Whether text may begin a picture, as in interleaved generation and not in text alone.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -554,7 +557,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextScaleGenerat
         if scored_tokens is not None:
             scored = scored_tokens != -100
             token_log_probs, token_entropies = chunked_log_probs(
-                self._text_scores,
+                partial(self._text_scores, images=score_drawing),
                 hidden_states[scored],
                 scored_tokens[scored],
                 score_temperature,

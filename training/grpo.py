@@ -7,21 +7,24 @@ A completion is the codes of a picture, a text, or a thought and its picture. Wh
 * advantages are one number per code, for the scale weights k_t and the regions that a reward looked at;
 * rewards of several completions of one prefix become its value (VMR);
 * a reward that fails ends the run, or leaves its pictures out, as configured.
+
+Every method below that overrides TRL's says which of these it serves.
 """
 
-import concurrent.futures
-import inspect
+import asyncio
 import math
+import queue
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
 
 import numpy as np
 import torch
 from torch import nn
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import get_callable_name, is_async_callable
 
 from ..modeling.scale_schedule import Grid
 
@@ -71,8 +74,8 @@ class NextFlowGRPOConfig(GRPOConfig):
     reward_timeout: float | None = field(default=None)
 
     def __post_init__(self):
-        if self.bf16 is None and not torch.cuda.is_available():
-            # TRL's default would train in bfloat16 wherever it runs.
+        if self.bf16 is None and (self.use_cpu or not torch.cuda.is_available()):
+            # TRL's default would train in bfloat16 on CPUs too.
             self.bf16 = False
         super().__post_init__()
         if self.temperature <= 0:
@@ -87,12 +90,31 @@ class NextFlowGRPOConfig(GRPOConfig):
             raise ValueError(f"`completion` must be one of {COMPLETIONS}, got {self.completion!r}.")
         if self.vmr_completions > 1 and (self.prefix_scales is None or self.completion != "picture"):
             raise ValueError("`vmr_completions` complete the prefix of a picture; set `prefix_scales`.")
+        if self.vmr_completions > 1 and (self.suffix_temperature == 0 or self.top_k == 1):
+            raise ValueError(
+                "All completions of a prefix would be the same: `vmr_completions` needs a `suffix_temperature` above 0 "
+                "and `top_k` other than 1."
+            )
+        if self.suffix_every != 0 and self.suffix_every < 2:
+            raise ValueError(f"`suffix_every` must be 0 or at least 2, got {self.suffix_every}.")
         if self.on_reward_error not in ON_REWARD_ERROR:
             raise ValueError(f"`on_reward_error` must be one of {ON_REWARD_ERROR}, got {self.on_reward_error!r}.")
-        if self.use_vllm:
-            raise ValueError("vLLM does not draw next-scale pictures; leave `use_vllm` out.")
-        if self.mask_truncated_completions:
-            raise ValueError("A picture is never truncated; leave `mask_truncated_completions` out.")
+        for name, (neutral, reason) in _REFUSED.items():
+            if getattr(self, name) not in neutral:
+                raise ValueError(f"`{name}` has no effect here: {reason}. Leave it out.")
+
+
+# Settings of TRL that would be ignored in silence: values that ask for nothing, and why others are refused.
+_REFUSED = {
+    "use_vllm": ((False,), "vLLM does not draw next-scale pictures"),
+    "use_transformers_continuous_batching": ((False,), "rollouts are made by the model's own `generate`"),
+    "mask_truncated_completions": ((False,), "a picture is never truncated"),
+    "min_p": ((None,), "codes are drawn by temperature, top-k and top-p"),
+    "repetition_penalty": ((None, 1.0), "codes are drawn by temperature, top-k and top-p"),
+    "generation_kwargs": ((None,), "rollouts take `image_size`, `guidance_scale`, `temperature`, `top_k`, `top_p`"),
+    "cache_implementation": ((None,), "rollouts use the dynamic cache"),
+    "pad_to_multiple_of": ((None,), "scales have fixed numbers of codes"),
+}
 
 
 class NextFlowGRPOTrainer(GRPOTrainer):
@@ -109,13 +131,13 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         reward_funcs: TRL's reward functions.
         args: [`NextFlowGRPOConfig`].
         processing_class: The checkpoint's processor.
-        region_func: Called with `prompts` and `drawn`; says which parts of each picture its reward depends on, as
-            [`Boxes`]. Other codes are not trained (mask propagation, VAR-RL section 3.5): a code is kept where a cell
-            of the finest grid within it touches a box.
+        region_func: For pictures. Called with `prompts` and `drawn`; says which parts of each picture its reward
+            depends on, as [`Boxes`]. Other codes get no advantage (mask propagation, VAR-RL section 3.5): a code keeps
+            its own where a cell of the finest grid within it touches a box.
         kwargs: Other arguments of TRL's trainer.
 
     Raises:
-        ValueError: If the settings do not fit the model's scales.
+        ValueError: If the settings do not fit the model's scales, each other, or what can be rewarded here.
     """
 
     def __init__(
@@ -128,13 +150,27 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         **kwargs,
     ):
         funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        funcs = [guarded(own, args.on_reward_error, args.reward_timeout) for own in funcs]
+        for name in ("tools", "environment_factory", "rollout_func"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"`{name}` has no place here: a completion is one answer of the model's own `generate`."
+                )
+        if args.completion != "answer" and any(isinstance(own, (str, nn.Module)) for own in funcs):
+            raise ValueError("A model that rewards text cannot see pictures; give a function that looks at `drawn`.")
+        if args.completion != "picture" and region_func is not None:
+            raise ValueError('`region_func` looks at pictures; it needs completion="picture".')
+        funcs = [
+            own if isinstance(own, (str, nn.Module)) else GuardedReward(own, args.on_reward_error, args.reward_timeout)
+            for own in funcs
+        ]
         with warnings.catch_warnings():
             # TRL says that rollout functions are experimental; that is ours to follow, not our users'.
             warnings.filterwarnings("ignore", message=".*rollout_func.*")
             super().__init__(
                 model, funcs, args=args, processing_class=processing_class, rollout_func=_roll_out, **kwargs
             )
+        if self.is_fsdp_enabled:
+            raise ValueError("Rollouts under FSDP are not supported; spread GRPO by data parallelism, ZeRO or LoRA.")
         config = self._own_model().config
         size = args.image_size or (config.trained_image_sizes or [[min(config.schedule.resolutions)] * 2])[0]
         self.grids: tuple[Grid, ...] = config.schedule.grids_for_size(*size)
@@ -145,7 +181,18 @@ class NextFlowGRPOTrainer(GRPOTrainer):
                 f"`prefix_scales` must be 1 to {len(self.grids)}, the scales of {size[0]}x{size[1]}; got "
                 f"{args.prefix_scales}."
             )
+        if args.vmr_completions > 1 and self.prefix_scales == len(self.grids):
+            raise ValueError(
+                f"With `vmr_completions`, `prefix_scales` must leave scales to complete: below {len(self.grids)}."
+            )
+        rollout = args.per_device_train_batch_size * args.steps_per_generation
+        if args.vmr_completions > 1 and args.suffix_every and rollout % self.num_generations:
+            raise ValueError(
+                f"In suffix updates the {self.num_generations} completions of a prompt share a prefix, so each process "
+                f"must roll out whole groups; it rolls out {rollout} (batch size x `steps_per_generation`)."
+            )
         self.region_func = region_func
+        self._eval_rollouts = 0
         # What the rollouts of the batch at hand left for rewards and advantages.
         self._completions: list[list] = []
         self._regions: torch.Tensor | None = None
@@ -155,18 +202,15 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-    def _set_signature_columns_if_needed(self):
-        # All columns go to reward functions.
-        if self._signature_columns is None:
-            self._signature_columns = list(self.train_dataset.column_names)
-
     # ---- rollouts ----------------------------------------------------------------------------------------------------
 
     @property
     def trains_suffix(self) -> bool:
         """Whether the update at hand trains the scales behind the prefix (VAR-RL: three prefix updates, then one)."""
-        every = self.args.suffix_every if self.args.vmr_completions > 1 else 0
-        return bool(every) and self.model.training and self.state.global_step % every == every - 1
+        args, every = self.args, self.args.suffix_every if self.args.vmr_completions > 1 else 0
+        # Updates that one rollout serves.
+        updates = max(1, args.steps_per_generation * self.num_iterations // args.gradient_accumulation_steps)
+        return bool(every) and self.model.training and self.state.global_step // updates % every == every - 1
 
     def roll_out(self, prompts: list) -> dict:
         """Let the model answer prompts.
@@ -182,16 +226,22 @@ class NextFlowGRPOTrainer(GRPOTrainer):
             return_dict=True,
             return_tensors="pt",
             add_generation_prompt=True,
-            enable_thinking=self.args.completion == "thought",
+            **{**self.chat_template_kwargs, "enable_thinking": self.args.completion == "thought"},
         ).to(self.accelerator.device)
         self._regions = None
         roll_out = {"picture": self._draw, "answer": self._answer, "thought": self._think}[self.args.completion]
-        with self._generating() as model:
+        with self._generating() as model, torch.no_grad(), self.accelerator.autocast():
             completion_ids, masks = roll_out(model, inputs)
         if self.region_func is not None:
-            boxes = self.region_func(prompts=prompts, drawn=self._completions[0])
-            self._regions = torch.stack([region_mask(own, self.grids, self.image_size) for own in boxes])
-            self._regions = self._regions[:, : len(masks[0])].to(self.accelerator.device)
+            # A value comes from all completions, so what any of them was rewarded for counts.
+            regions = [
+                [
+                    region_mask(own, self.grids, self.image_size)
+                    for own in self.region_func(prompts=prompts, drawn=drawn)
+                ]
+                for drawn in self._completions
+            ]
+            self._regions = torch.stack([torch.stack(own) for own in regions]).amax(dim=0)[:, : len(masks[0])]
         kept = inputs["attention_mask"].bool()
         return {
             "prompt_ids": [ids[own].tolist() for ids, own in zip(inputs["input_ids"], kept)],
@@ -234,7 +284,7 @@ class NextFlowGRPOTrainer(GRPOTrainer):
     def _answer(self, model, inputs) -> tuple[list, list]:
         """A text per prompt, up to the end of the turn."""
         args, config = self.args, self._own_model().generation_config
-        with torch.random.fork_rng():
+        with self._seeded():
             torch.manual_seed(self._seeds(1, 0)[0])
             output = model.generate(
                 **inputs,
@@ -255,7 +305,7 @@ class NextFlowGRPOTrainer(GRPOTrainer):
     def _think(self, model, inputs) -> tuple[list, list]:
         """A thought per prompt, and the picture that follows it, if one does."""
         args, config = self.args, self._own_model().config
-        with torch.random.fork_rng():
+        with self._seeded():
             torch.manual_seed(self._seeds(1, 0)[0])
             output = model.generate(
                 **inputs,
@@ -299,16 +349,31 @@ class NextFlowGRPOTrainer(GRPOTrainer):
 
     def _generating(self):
         return unwrap_model_for_generation(
-            self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
+            self.model_wrapped,
+            self.accelerator,
+            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         )
+
+    def _seeded(self):
+        """Within it, text is sampled from a seed of this rollout's own."""
+        device = self.accelerator.device
+        return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
     def _seeds(self, number: int, turn: int) -> list[int]:
         """Seeds of a rollout's pictures, from the run's seed and its place in the run alone: a resumed run draws what
         it would have."""
-        within_step = self._step % max(1, self.args.gradient_accumulation_steps)
-        place = (self.args.seed, self.state.global_step, within_step, self.accelerator.process_index, turn)
-        rng = np.random.default_rng((*place, int(self.model.training)))
+        if self.model.training:
+            place = (self.state.global_step, self._step % max(1, self.args.gradient_accumulation_steps), 1)
+        else:
+            place = (self.state.global_step, self._eval_rollouts, 0)
+        rng = np.random.default_rng((self.args.seed, *place, self.accelerator.process_index, turn))
         return rng.integers(2**62, size=number).tolist()
+
+    def evaluate(self, *args, **kwargs):
+        """As TRL's, with the same rollouts in every evaluation of the same weights."""
+        self._eval_rollouts = 0
+        return super().evaluate(*args, **kwargs)
 
     # ---- log-probabilities -------------------------------------------------------------------------------------------
 
@@ -324,7 +389,10 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         num_images=None,
         **unused,
     ):
-        """Log-probabilities and entropies of completions: `(batch, completion)` each, by one teacher-forced pass."""
+        """Log-probabilities and entropies of completions: `(batch, completion)` each, by one teacher-forced pass.
+
+        TRL's own go through the text head token by token, and would never see a code.
+        """
         prompt_length = input_ids.shape[1] - logits_to_keep
         log_probs, entropies = [], []
         for first in range(0, len(input_ids), batch_size or len(input_ids)):
@@ -342,7 +410,11 @@ class NextFlowGRPOTrainer(GRPOTrainer):
                 self._context(pixel_values, num_images, rows, len(completions)),
             )
             with self.accelerator.autocast():
-                output = model(**inputs, score_temperature=self.args.temperature)
+                output = model(
+                    **inputs,
+                    score_temperature=self.args.temperature,
+                    score_drawing=self.args.completion == "thought",
+                )
             for parts, tokens, codes in (
                 (log_probs, output.token_log_probs, output.code_log_probs),
                 (entropies, output.token_entropies, output.code_entropies),
@@ -411,15 +483,29 @@ class NextFlowGRPOTrainer(GRPOTrainer):
     # ---- rewards and advantages --------------------------------------------------------------------------------------
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        """Rewards of each picture; of several completions of a prefix, its value by each reward function."""
+        """Rewards of each picture, NaN where one failed; of several completions of a prefix, its value by each reward.
+
+        TRL takes a reward that is missing for 0 beside one that is not, so a failure makes the whole row missing. The
+        metric `rollout_reward` is the mean of what was drawn, whatever becomes of it.
+        """
         rewards = []
         for drawn in self._completions:
             for own, picture in zip(inputs, drawn):
                 own["drawn"] = picture
-            rewards.append(super()._calculate_rewards(inputs, prompts, completions, completion_ids_list))
+            found = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            failed = torch.zeros(len(prompts), dtype=torch.bool, device=found.device)
+            for own in self.reward_funcs:
+                if isinstance(own, GuardedReward):
+                    failed |= torch.tensor(own.failed, device=found.device)
+            rewards.append(found.masked_fill(self.accelerator.gather(failed)[:, None], math.nan))
+        plain = torch.cat(rewards)
+        totals = (plain * self.reward_weights.to(plain.device)).nansum(dim=1)[~plain.isnan().all(dim=1)]
+        self._metrics["train" if self.model.training else "eval"]["rollout_reward"].append(totals.mean().item())
         return rewards[0] if len(rewards) == 1 else middle_return(torch.stack(rewards), self.args.vmr_eta)
 
     def _generate_and_score_completions(self, inputs):
+        """As TRL's, with an advantage per code: the scale weights, and 0 outside the regions."""
+        self._eval_rollouts += not self.model.training
         output = super()._generate_and_score_completions(inputs)
         mask = output["completion_mask"].bool()
         is_code = mask & (output["completion_ids"] >= self._own_model().config.code_start_id)
@@ -429,7 +515,7 @@ class NextFlowGRPOTrainer(GRPOTrainer):
             own = scale_weights(self.grids, self.args.scale_weight_alpha, trained[row, is_code[row]])
             weights[row, is_code[row]] = own.to(weights)
         advantages = output["advantages"][:, None] * weights
-        output["advantages"] = advantages if self._regions is None else advantages * self._regions
+        output["advantages"] = advantages if self._regions is None else advantages * self._regions.to(advantages)
         return output
 
 
@@ -487,50 +573,83 @@ def region_mask(boxes: Boxes, grids: Sequence[Grid], image_size: tuple[int, int]
 # ---- rewards that fail -----------------------------------------------------------------------------------------------
 
 
-def guarded(reward_func, on_error: str = "raise", timeout: float | None = None):
+class GuardedReward:
     """A reward function whose failures are errors by name, or leave its pictures out.
 
-    Models, paths and asynchronous functions are returned as they are.
-
     Args:
-        reward_func: TRL's reward function.
-        on_error: "raise", or "skip": `None` for what could not be scored, which TRL leaves out of its advantages.
+        function: TRL's reward function, asynchronous or not.
+        on_error: "raise", or "skip": `failed` then says which could not be scored.
         timeout: Seconds for a batch.
-    """
-    if isinstance(reward_func, (str, nn.Module)) or inspect.iscoroutinefunction(reward_func):
-        return reward_func
-    name = getattr(reward_func, "__name__", type(reward_func).__name__)
 
-    @wraps(reward_func, updated=())
-    def checked(prompts, **columns):
+    Attributes:
+        failed: Of the last call: whether each reward failed. `None` from the function is no failure: as in TRL, the
+            reward does not apply there.
+    """
+
+    def __init__(self, function: Callable, on_error: str = "raise", timeout: float | None = None):
+        self.function, self.on_error, self.timeout = function, on_error, timeout
+        self.failed: list[bool] = []
+        self.__name__ = get_callable_name(function)
+
+    def __call__(self, prompts: list, **columns) -> list[float | None]:
+        """As the function, `None` where it failed.
+
+        Raises:
+            RewardError: If it raises, takes too long, or returns what is no number for each prompt, where failures are
+                to end the run.
+        """
         ids = columns.get("id") or prompts
         try:
-            rewards = _within(timeout, reward_func, prompts=prompts, **columns)
+            rewards = list(within(self.timeout, self.function, prompts=prompts, **columns))
+            if len(rewards) != len(prompts):
+                raise ValueError(f"{len(rewards)} rewards for {len(prompts)} prompts")
+            rewards = [None if own is None else float(own) for own in rewards]
         except Exception as error:
-            if on_error == "raise":
-                raise RewardError(f"The reward {name!r} failed for the prompts {_short(ids)}: {error!r}") from error
+            if self.on_error == "raise":
+                raise RewardError(
+                    f"The reward {self.__name__!r} failed for the prompts {_short(ids)}: {error!r}"
+                ) from error
+            self.failed = [True] * len(prompts)
             return [None] * len(prompts)
-        bad = [place for place, own in enumerate(rewards) if own is not None and not math.isfinite(own)]
-        if bad and on_error == "raise":
-            found = [rewards[place] for place in bad]
-            raise RewardError(f"The reward {name!r} is {found} for the prompts {_short([ids[own] for own in bad])}.")
-        return [None if place in bad else own for place, own in enumerate(rewards)]
-
-    checked.__name__ = name
-    return checked
+        self.failed = [own is not None and not math.isfinite(own) for own in rewards]
+        if any(self.failed) and self.on_error == "raise":
+            named = _short([own for own, failed in zip(ids, self.failed) if failed])
+            found = [own for own, failed in zip(rewards, self.failed) if failed]
+            raise RewardError(f"The reward {self.__name__!r} is {found} for the prompts {named}.")
+        return [None if failed else own for own, failed in zip(rewards, self.failed)]
 
 
-def _within(timeout: float | None, function: Callable, **kwargs):
+def within(timeout: float | None, function: Callable, **kwargs):
+    """What a function returns, asynchronous or not.
+
+    Raises:
+        TimeoutError: If that takes longer than `timeout` seconds. A function that hangs is left behind, and ends with
+            the process.
+    """
+    call = function
+    if is_async_callable(function):
+
+        def call(**kwargs):
+            return asyncio.run(function(**kwargs))
+
     if timeout is None:
-        return function(**kwargs)
-    # A thread that hangs cannot be ended; it is left behind.
-    pool = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+        return call(**kwargs)
+    results: queue.Queue = queue.Queue()
+
+    def work():
+        try:
+            results.put((call(**kwargs), None))
+        except Exception as error:
+            results.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
     try:
-        return pool.submit(function, **kwargs).result(timeout)
-    except concurrent.futures.TimeoutError as error:
-        raise TimeoutError(f"no answer within {timeout} s") from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        result, error = results.get(timeout=timeout)
+    except queue.Empty as empty:
+        raise TimeoutError(f"no answer within {timeout} s") from empty
+    if error is not None:
+        raise error
+    return result
 
 
 def _short(ids: list, most: int = 8) -> str:

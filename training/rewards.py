@@ -30,22 +30,24 @@ class SimilarityReward:
         self.batch_size = batch_size
 
     @torch.no_grad()
-    def __call__(self, prompts: list, drawn: list[Image.Image], **columns) -> list[float]:
-        """Similarities in [-1, 1]."""
-        scores: list[float] = []
-        for first in range(0, len(drawn), self.batch_size):
-            chosen = slice(first, first + self.batch_size)
+    def __call__(self, prompts: list, drawn: list[Image.Image | None], **columns) -> list[float]:
+        """Similarities in [-1, 1]; -1 where nothing was drawn."""
+        scores = [-1.0] * len(drawn)
+        places = [place for place, own in enumerate(drawn) if own is not None]
+        for first in range(0, len(places), self.batch_size):
+            chosen = places[first : first + self.batch_size]
             # SigLIP was trained with texts padded to their full length.
             inputs = self.processor(
-                text=[last_words(own) for own in prompts[chosen]],
-                images=drawn[chosen],
+                text=[last_words(prompts[place]) for place in chosen],
+                images=[drawn[place] for place in chosen],
                 padding="max_length",
                 truncation=True,
                 return_tensors="pt",
             ).to(self.model.device)
             output = self.model(**inputs)
             similarity = torch.nn.functional.cosine_similarity(output.image_embeds, output.text_embeds)
-            scores += similarity.float().tolist()
+            for place, own in zip(chosen, similarity.float().tolist()):
+                scores[place] = own
         return scores
 
 

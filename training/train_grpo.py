@@ -36,6 +36,11 @@ def train_grpo(recipe: Recipe) -> None:
     weights = [float(own.get("weight", 1.0)) for own in stage["rewards"]]
     model = AutoModelForMultimodalLM.from_pretrained(recipe.init_from["decoder"])
     # With the optimizer's two moments a checkpoint has three times the weights.
+    taken = {"output_dir", "reward_weights"} & set(recipe.trainer)
+    if taken:
+        raise ValueError(
+            f"{sorted(taken)} come from `output_dir` and `stage_args.rewards`; leave them out of `trainer`."
+        )
     check_writable(output, bytes_needed=3 * 4 * model.num_parameters())
     model.vq_model.requires_grad_(False)
     processor = AutoProcessor.from_pretrained(recipe.init_from["decoder"])

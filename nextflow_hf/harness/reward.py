@@ -1,5 +1,6 @@
 """A judge's marks as a reward for reinforcement learning."""
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -47,14 +48,14 @@ class EndpointReward:
         self.judge = Judge(url, model, os.environ.get(key_variable) or None, **settings)
         self.question, self.workers = question, workers
 
-    def __call__(self, prompts: list, drawn: list[Image.Image | None], **columns) -> list[float | None]:
-        """Marks in [0, 1]; 0 where nothing was drawn, `None` where the judge gave no mark."""
+    def __call__(self, prompts: list, drawn: list[Image.Image | None], **columns) -> list[float]:
+        """Marks in [0, 1]; 0 where nothing was drawn, NaN (a failure) where the judge gave no mark."""
         with ThreadPoolExecutor(self.workers) as pool:
             return list(pool.map(self._mark, map(last_words, prompts), drawn))
 
-    def _mark(self, text: str, picture: Image.Image | None) -> float | None:
+    def _mark(self, text: str, picture: Image.Image | None) -> float:
         if picture is None:
             return 0.0
         asked = self.question.replace("<request>", text)
         marks = self.judge.ask("reward", "mark", asked, [png(picture)], read_lines(1, LOW, HIGH)).marks
-        return None if marks is None else (marks[0] - LOW) / (HIGH - LOW)
+        return math.nan if marks is None else (marks[0] - LOW) / (HIGH - LOW)

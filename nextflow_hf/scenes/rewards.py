@@ -79,11 +79,13 @@ def objects_f1(facts: Facts, reading: Reading) -> float:
     return 2 * found / max(1, len(wanted) + len(reading.objects))
 
 
-def word_reward(prompts: list, drawn: list, words: list[str], **columns) -> list[float]:
-    """`ocr_score` of the words read in each picture, by the column `words`."""
-    reader = SignReader()
-    read = [reader.read(np.asarray(picture.convert("RGB"))) for picture in drawn]
-    return [
-        ocr_score([(word, 1.0) for line in own.lines for word in line.split()], wanted.split())
-        for own, wanted in zip(read, words)
-    ]
+def word_reward(prompts: list, drawn: list, words: list[str | None], **columns) -> list[float | None]:
+    """`ocr_score` of the words read in each picture, by the column `words`; `None` where it has none."""
+    reader, rewards = SignReader(), []
+    for picture, wanted in zip(drawn, words):
+        if not wanted or not wanted.split():
+            rewards.append(None)
+            continue
+        lines = () if picture is None else reader.read(np.asarray(picture.convert("RGB"))).lines
+        rewards.append(ocr_score([(word, 1.0) for line in lines for word in line.split()], wanted.split()))
+    return rewards

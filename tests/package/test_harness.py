@@ -943,6 +943,7 @@ def test_a_judges_marks_are_a_reward():
         reward = EndpointReward(stub.url, "stub", sleep=lambda seconds: None)
         picture = Image.new("RGB", (8, 8))
         prompts = ["a star", [{"role": "user", "content": "a cross"}], "a riddle", "nothing"]
-        assert reward(prompts, [picture, picture, picture, None]) == [1.0, 0.25, None, 0.0]
+        first, second, third, fourth = reward(prompts, [picture, picture, picture, None])
+        assert (first, second, fourth) == (1.0, 0.25, 0.0) and np.isnan(third)
     with pytest.raises(ValueError, match="<request>"):
         EndpointReward("http://localhost", "stub", question="How good is it?")

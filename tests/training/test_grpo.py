@@ -1,6 +1,9 @@
+import asyncio
 import itertools
 import json
 import math
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -13,6 +16,7 @@ from small_models import small_config
 from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from nextflow_hf.processing.tokenization_nextflow import train_tokenizer
 from nextflow_hf.training.grpo import (
+    GuardedReward,
     NextFlowGRPOConfig,
     NextFlowGRPOTrainer,
     RewardError,
@@ -231,6 +235,44 @@ def test_codes_outside_a_region_have_no_advantage(checkpoint, tmp_path):
     assert advantages.abs().sum(dim=0).gt(0).tolist() == [True, True, False, False, False]
 
 
+def test_a_failure_is_no_reward_of_nothing_beside_others(checkpoint, tmp_path):
+    def broken(prompts, drawn, **columns):
+        return [math.nan, *[1.0 + place for place in range(len(prompts) - 1)]]
+
+    trainer = trainer_of(checkpoint, tmp_path, reward=[broken, bright], on_reward_error="skip")
+    advantages = batch_of(trainer)["advantages"][:, 0]
+    # The others of its group are measured by their own mean.
+    assert advantages[0] == 0 and advantages[1:4].sum().abs() < 1e-3 and advantages[1:4].abs().min() < 0.1
+
+
+def test_a_reward_that_hangs_does_not_keep_the_process(tmp_path):
+    code = (
+        "import time\nfrom nextflow_hf.training.grpo import within\n"
+        "try:\n    within(0.1, lambda: time.sleep(100))\nexcept TimeoutError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "no answer within 0.1 s" and done.returncode == 0
+
+
+def test_an_asynchronous_reward_is_guarded_too():
+    async def judge(prompts, **columns):
+        await asyncio.sleep(0.01)
+        return [1, None, math.inf][: len(prompts)]
+
+    class Judge:
+        async def __call__(self, prompts, **columns):
+            return await judge(prompts)
+
+    for own in (judge, Judge()):
+        assert GuardedReward(own)(prompts=["a", "b"]) == [1, None]
+        with pytest.raises(RewardError, match="prompts c"):
+            GuardedReward(own)(prompts=["a", "b", "c"])
+        reward = GuardedReward(own, "skip", timeout=5)
+        assert reward(prompts=["a", "b", "c"]) == [1, None, None] and reward.failed == [False, False, True]
+        with pytest.raises(RewardError, match="3 rewards for 4 prompts"):
+            GuardedReward(own)(prompts=["a", "b", "c", "d"])
+
+
 @pytest.mark.parametrize("kind", ["raises", "is slow", "is no number"])
 def test_a_reward_that_fails_names_its_prompts_or_is_left_out(checkpoint, tmp_path, kind):
     def broken(prompts, drawn, id, **columns):
@@ -337,7 +379,7 @@ def scores_of(trainer, inputs):
 def text_log_probs(model, ids, first):
     """Log-probabilities of the tokens of `(length,)` ids from the place `first` on, among text."""
     logits = model(input_ids=ids[None]).logits[0, first - 1 : -1, : model.config.code_start_id].clone()
-    logits[:, [model.config.image_token_id, model.config.eoi_token_id]] = -math.inf
+    logits[:, [model.config.image_token_id, model.config.eoi_token_id, model.config.boi_token_id]] = -math.inf
     return logits.log_softmax(dim=-1).gather(-1, ids[first:, None])[:, 0]
 
 
@@ -367,9 +409,9 @@ def test_a_thought_and_its_picture_are_one_trajectory(checkpoint, tmp_path, monk
     model, boi = trainer.model, trainer.model.config.boi_token_id
     plain = model._text_scores
 
-    def eager(hidden):
+    def eager(hidden, images):
         """Begins a picture more often than a model of random weights."""
-        scores = plain(hidden)
+        scores = plain(hidden, images)
         return scores.index_add(-1, torch.tensor([boi]), scores.new_full((*scores.shape[:-1], 1), 6.0))
 
     from nextflow_hf.modeling import generation_nextflow
@@ -377,7 +419,7 @@ def test_a_thought_and_its_picture_are_one_trajectory(checkpoint, tmp_path, monk
     class Eager(generation_nextflow._TextVocabulary):
         def __call__(self, input_ids, scores):
             scores = super().__call__(input_ids, scores)
-            scores[:, boi] += 6
+            scores[:, boi] += 6 * (input_ids is not None)
             return scores
 
     monkeypatch.setattr(model, "_text_scores", eager)
@@ -408,6 +450,10 @@ def test_a_thought_and_its_picture_are_one_trajectory(checkpoint, tmp_path, monk
         ({"prefix_scales": 3}, "1 to 2"),
         ({"vmr_completions": 2}, "set `prefix_scales`"),
         ({"vmr_completions": 2, "prefix_scales": 1, "completion": "thought"}, "prefix of a picture"),
+        ({"vmr_completions": 2, "prefix_scales": 2}, "leave scales to complete"),
+        ({"vmr_completions": 2, "prefix_scales": 1, "suffix_temperature": 0.0}, "would be the same"),
+        ({"suffix_every": 1}, "0 or at least 2"),
+        ({"min_p": 0.1}, "`min_p` has no effect"),
         ({"completion": "song"}, "must be one of"),
         ({"temperature": 0.0}, "above 0"),
         ({"on_reward_error": "ignore"}, "must be one of"),
