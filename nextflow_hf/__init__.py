@@ -14,8 +14,13 @@ if (_root / "setup.cfg").is_file():
 
 from .registration import register
 
-MINI = str(Path(__file__).resolve().parent / "checkpoints" / "nextflow-mini")
-"""Folder of the bundled checkpoint, for every `from_pretrained`."""
+_checkpoints = Path(__file__).resolve().parent / "checkpoints"
+MINI = str(_checkpoints / "nextflow-mini")
+"""Folder of the bundled checkpoint that draws and describes best, for every `from_pretrained`."""
+MINI_TASKS = str(_checkpoints / "nextflow-mini-tasks")
+"""Folder of the bundled checkpoint that also edits, answers, compares, thinks and tells stories, as far as its card
+says."""
+BUNDLED = {"mini": MINI, "mini-tasks": MINI_TASKS}
 
 _EXPORTS = {
     "NextFlowConfig": "modeling.configuration_nextflow",
@@ -29,7 +34,7 @@ _EXPORTS = {
     "NextFlowImageProcessor": "processing.image_processing_nextflow",
     "NextFlowImageProcessorPil": "processing.image_processing_pil_nextflow",
 }
-__all__ = ["MINI", "register", *_EXPORTS]
+__all__ = ["BUNDLED", "MINI", "MINI_TASKS", "register", *_EXPORTS]
 
 
 def __getattr__(name: str):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from . import MINI
+from . import BUNDLED
 from .evaluation import evaluate_scenes, table
 from .inference import load
 from .model_card import model_card
@@ -21,19 +21,14 @@ MAX_BYTES = 40 * 10**6
 _LOG = "training_log.json"
 
 
-# What drawing may lose to a checkpoint that can do more.
-TOLERANCE = 0.02
-
-
-def bundle(runs: Path, target: Path = Path(MINI), decoder: str = "tasks", **evaluation) -> dict:
+def bundle(runs: Path, name: str, decoder: str, **evaluation) -> dict:
     """Join decoder, tokenizer, processor, logs, scores and card in one folder.
 
     Args:
         runs: Folder of the runs, with the decoder's, and `vq-decoder/final` (a better pixel decoder on the same codes)
             if there is one.
-        target: Where the checkpoint goes. One that is there is replaced only by a better drawing score, or by more
-            abilities at a drawing score that is lower by at most `TOLERANCE`. Logs of stages that were not run here are
-            kept.
+        name: A name of `BUNDLED`. The checkpoint that is there is replaced only by a better drawing score. Logs of
+            stages that were not run here are kept.
         decoder: Name of the run whose `final` is bundled.
         evaluation: Arguments of `evaluate_scenes`.
 
@@ -43,6 +38,7 @@ def bundle(runs: Path, target: Path = Path(MINI), decoder: str = "tasks", **eval
     Raises:
         ValueError: If the checkpoint is too large, or scores no better than the one that is there.
     """
+    target = Path(BUNDLED[name])
     # 1. The decoder, with the best pixel decoder for its codes.
     model = NextFlowForConditionalGeneration.from_pretrained(runs / decoder / "final").eval()
     if (runs / "vq-decoder" / "final").is_dir():
@@ -66,18 +62,16 @@ def bundle(runs: Path, target: Path = Path(MINI), decoder: str = "tasks", **eval
 
     # 2. Its scores, from the saved files.
     result = evaluate_scenes(str(candidate), **evaluation)
-    result["settings"]["checkpoint"] = "mini"
+    result["settings"]["checkpoint"] = name
     # Beside the candidate whether it is taken or not.
     (candidate / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     if (target / "evaluation.json").is_file():
         before = json.loads((target / "evaluation.json").read_text())["drawing"]["overall"]["score"]
-        config = json.loads((target / "config.json").read_text())
-        can_more = set(model.config.abilities or ()) > set(config.get("abilities") or ())
         after = result["drawing"]["overall"]["score"]
-        if after < before - TOLERANCE or (after <= before and not can_more):
+        if after <= before:
             raise ValueError(f"The score {after} does not beat {before}; nothing changed.")
     loaded, _ = load(str(candidate))
-    card = model_card("nextflow-mini", loaded, result)
+    card = model_card(name, loaded, result)
     (candidate / "README.md").write_text(card.content)
 
     # 3. In place at once.
@@ -99,14 +93,15 @@ def _drop_code(folder: Path) -> None:
 
 
 def main() -> None:
-    """`python -m nextflow_hf.bundle RUNS`."""
+    """`python -m nextflow_hf.bundle RUNS NAME DECODER`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", type=Path)
-    parser.add_argument("--decoder", default="tasks")
+    parser.add_argument("name", choices=BUNDLED)
+    parser.add_argument("decoder", help="name of the run")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(table(bundle(args.runs, decoder=args.decoder)))
+    print(table(bundle(args.runs, args.name, args.decoder)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from .abilities import can
 from .chat import write_story
 from .files import save_picture, write_whole
 from .inference import answer, describe_pictures, draw, draw_prompts, load, tell, user
@@ -73,31 +72,34 @@ def run_demo(folder: Path) -> None:
         path = folder / f"described-{index}.png"
         save_picture(picture.resize((256, 256), Image.Resampling.NEAREST), path)
         print(f"{path}: {said}")
+    tasks_model, tasks_processor = load("mini-tasks")
     for question in QUESTIONS:
-        for index, said in enumerate(answer(model, processor, [[user(picture, question)] for picture in pictures])):
+        for index, said in enumerate(
+            answer(tasks_model, tasks_processor, [[user(picture, question)] for picture in pictures])
+        ):
             print(f"{folder / f'described-{index}.png'}: {question} {said}")
     print(f"{folder / 'contact_sheet.png'}: {len(PROMPTS)} prompts x {SEEDS} seeds")
     print(f"{folder / 'sharpening.gif'}: {prompt!r}, scale by scale")
 
     # 4. Pictures of unseen combinations, changed as an instruction says.
-    if can(model, "edit"):
-        rng = np.random.default_rng(1)
-        edits = []
-        while len(edits) < EDITS:
-            own = draw_edit(sample_scene(rng, "test", arrangement="placed"), rng, trained=False)
-            edits += [] if own is None else [own]
-        befores = [Image.fromarray(render(own.before, (64, 64))) for own in edits]
-        afters = draw(model, processor, [[user(*pair)] for pair in zip(befores, [own.text for own in edits])], range(8))
-        sheet = contact_sheet([own.text for own in edits], list(zip(befores, afters)))
-        save_picture(sheet, folder / "edits.png")
-        print(f"{folder / 'edits.png'}: given pictures above, edited ones below")
+    rng = np.random.default_rng(1)
+    edits = []
+    while len(edits) < EDITS:
+        own = draw_edit(sample_scene(rng, "test", arrangement="placed"), rng, trained=False)
+        edits += [] if own is None else [own]
+    befores = [Image.fromarray(render(own.before, (64, 64))) for own in edits]
+    afters = draw(
+        tasks_model, tasks_processor, [[user(*pair)] for pair in zip(befores, [own.text for own in edits])], range(8)
+    )
+    sheet = contact_sheet([own.text for own in edits], list(zip(befores, afters)))
+    save_picture(sheet, folder / "edits.png")
+    print(f"{folder / 'edits.png'}: given pictures above, edited ones below")
 
     # 5. A riddle that is thought through, and a story.
-    if can(model, "interleaved"):
-        (parts,) = tell(model, processor, [[user(RIDDLE)]], [0], enable_thinking=True, max_images=1)
-        _write(RIDDLE, parts, folder / "riddle")
-        (parts,) = tell(model, processor, [[user(STORY)]], [0])
-        _write(STORY, parts, folder / "story")
+    (parts,) = tell(tasks_model, tasks_processor, [[user(RIDDLE)]], [0], enable_thinking=True, max_images=1)
+    _write(RIDDLE, parts, folder / "riddle")
+    (parts,) = tell(tasks_model, tasks_processor, [[user(STORY)]], [0])
+    _write(STORY, parts, folder / "story")
 
 
 def _write(prompt: str, parts: list, folder: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import transformers
 
-from . import MINI, __version__
+from . import BUNDLED, __version__
 from .abilities import Tested, score_abilities, score_words
 from .inference import describe_pictures, draw_prompts, load
 from .intervals import interval, resample, summarize
@@ -169,7 +169,7 @@ def evaluate_scenes(
     )
     result["settings"] = {
         "checkpoint": checkpoint,
-        "weights_sha256": weights_hash(MINI if checkpoint == "mini" else checkpoint),
+        "weights_sha256": weights_hash(BUNDLED.get(checkpoint, checkpoint)),
         "split": "test",
         "image_size": list(size),
         "prompts_per_category": prompts_per_category,

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 from transformers import AutoModelForMultimodalLM, AutoProcessor, BatchFeature
 
-from . import MINI
+from . import BUNDLED
 from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from .processing.image_processing_base_nextflow import to_rgb
 from .processing.processing_nextflow import THINK_OPENING, NextFlowProcessor
@@ -20,8 +20,8 @@ Conversation = list[dict]
 
 
 def load(checkpoint: str) -> tuple[NextFlowForConditionalGeneration, NextFlowProcessor]:
-    """Model and processor of a checkpoint: "mini" (the bundled one), a folder or a Hub id."""
-    path = MINI if checkpoint == "mini" else checkpoint
+    """Model and processor of a checkpoint: "mini" or "mini-tasks" (bundled), a folder or a Hub id."""
+    path = BUNDLED.get(checkpoint, checkpoint)
     return AutoModelForMultimodalLM.from_pretrained(path).eval(), AutoProcessor.from_pretrained(path)
 
 

@@ -5,7 +5,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .evaluation import table
 
 _BODY = """\
-# {name}
+# nextflow-{name}
 
 A small [NextFlow](https://arxiv.org/abs/2601.02204) model: one decoder-only transformer that draws by next-scale
 prediction and describes pictures by next-token prediction. It was trained from scratch by
@@ -18,7 +18,7 @@ It knows one small world, *scenes*: one to four circles, squares, triangles, cro
 colours and two sizes, at places that have names ("at the top left") or relative to each other ("left of"), on a plain
 white, gray or black background, in pictures of {sizes} pixels (height x width). In that world it can {abilities}. It
 knows nothing else: {missing}. Calls that need an ability or a
-picture size it was not trained for are refused with an error.
+picture size it was not trained for are refused with an error. How well it does each stands in the table.
 
 {table}
 
@@ -28,7 +28,7 @@ nothing else. All prompts name combinations that training never saw; intervals c
 follows from it. Every setting is in `evaluation.json`. Reproduce with
 
 ```
-nextflow-hf evaluate scenes --checkpoint mini
+nextflow-hf evaluate scenes --checkpoint {name}
 ```
 
 ## Use
@@ -37,7 +37,7 @@ nextflow-hf evaluate scenes --checkpoint mini
 import nextflow_hf
 from transformers import pipeline
 
-draw = pipeline("text-to-image", model=nextflow_hf.MINI)
+draw = pipeline("text-to-image", model=nextflow_hf.{constant})
 draw("a red circle to the left of a blue square", seed=7).save("picture.png")
 draw("a star at the top right", image_size=(48, 80)).save("wide.png")
 ```
@@ -56,8 +56,8 @@ or data.
 
 _VERBS = {
     "image": "draw what a prompt asks for",
-    "caption": "describe a picture, answer questions about it and compare two",
-    "edit": "change a picture as an instruction or examples say",
+    "caption": "describe a picture",
+    "edit": "change a picture as an instruction says",
     "interleaved": "think before it draws and tell stories in pictures",
     "text": "continue text",
 }
@@ -67,7 +67,7 @@ def model_card(name: str, model, result: dict) -> ModelCard:
     """The card of a checkpoint.
 
     Args:
-        name: Its name.
+        name: Its name, one of `BUNDLED`.
         model: The model.
         result: What `evaluate_scenes` measured of it.
     """
@@ -78,7 +78,7 @@ def model_card(name: str, model, result: dict) -> ModelCard:
     for size, own in result.get("abilities", {}).items():
         scores |= {f"{ability}, {size}": each["score"] for ability, each in own.items() if isinstance(each, dict)}
     data = ModelCardData(
-        model_name=name,
+        model_name=f"nextflow-{name}",
         license="apache-2.0",
         language="en",
         library_name="transformers",
@@ -96,10 +96,13 @@ def model_card(name: str, model, result: dict) -> ModelCard:
         ],
     )
     known = [_VERBS[ability] for ability in config.abilities or []]
+    if result.get("abilities"):
+        known.insert(2, "answer questions about it")
     missing = ["not photographs", "not words in pictures", "not free text"]
     missing += [] if "edit" in (config.abilities or []) else ["not editing"]
     body = _BODY.format(
         name=name,
+        constant=name.upper().replace("-", "_"),
         sizes=" or ".join("x".join(map(str, size)) for size in config.trained_image_sizes),
         sampling=", ".join(f"`{setting}` {value}" for setting, value in result["settings"]["sampling"].items()),
         abilities=" and ".join(filter(None, (", ".join(known[:-1]), *known[-1:]))),

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .. import MINI, __version__
+from .. import BUNDLED, __version__
 from ..evaluation import weights_hash
 from ..files import save_picture, write_whole
 from .drawer import CheckpointDrawer, Drawer, Drawing, seed_of
@@ -109,7 +109,7 @@ def evaluate_benchmark(
             "prompts_sha256": _hash([[item.key, item.prompt, item.pictures, item.fields] for item in items]),
             "rewritten_prompts_sha256": None if rewritten is None else _hash(prompts),
             "checkpoint": checkpoint,
-            "weights_sha256": weights_hash(MINI if checkpoint == "mini" else checkpoint),
+            "weights_sha256": weights_hash(BUNDLED.get(checkpoint, checkpoint)),
             "seed": seed,
             "images_per_prompt": len(items[0].pictures),
             "image_size_asked": None if size is None else list(size),

@@ -90,6 +90,8 @@ def test_demo_shows_where_its_pictures_are(tmp_path, capsys):
     assert str(tmp_path / "contact_sheet.png") in out and str(tmp_path / "sharpening.gif") in out
     assert Image.open(tmp_path / "sharpening.gif").n_frames > 1
     assert Image.open(tmp_path / "contact_sheet.png").width > 8 * 64
+    assert Image.open(tmp_path / "edits.png").width > 8 * 64
+    assert "<think>" in (tmp_path / "riddle" / "story.md").read_text() and (tmp_path / "story" / "00.png").is_file()
 
 
 def test_a_file_is_whole_or_absent(tmp_path):
@@ -110,10 +112,11 @@ def test_a_contact_sheet_shows_every_picture():
     assert colors[(255, 0, 0)] == colors[(0, 0, 255)] == 3 * 128 * 128
 
 
-def test_the_bundled_checkpoint_is_small_and_complete():
+@pytest.mark.parametrize("name", nextflow_hf.BUNDLED)
+def test_a_bundled_checkpoint_is_small_and_complete(name):
     from pathlib import Path
 
-    files = {path.name: path.stat().st_size for path in Path(nextflow_hf.MINI).iterdir()}
+    files = {path.name: path.stat().st_size for path in Path(nextflow_hf.BUNDLED[name]).iterdir()}
     assert sum(files.values()) <= 40e6
     assert {"model.safetensors", "README.md", "evaluation.json", "training_log.json"} <= files.keys()
-    assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
+    assert not any(own.endswith((".bin", ".pt", ".pkl")) for own in files)
