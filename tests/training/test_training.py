@@ -21,6 +21,7 @@ from nextflow_hf.training.code_extraction import extract_codes
 from nextflow_hf.training.coded_documents import CodedDocuments, MixedSequences
 from nextflow_hf.training.data import MixedSource, import_class, load_source, to_pixels
 from nextflow_hf.training.documents import load_reader
+from nextflow_hf.training.grpo import NextFlowGRPOConfig
 from nextflow_hf.training.recipe import RECIPES, Recipe, load_recipe
 from nextflow_hf.training.sequences import CodedImage, SequenceBuilder
 from nextflow_hf.training.stage_trainer import NonFiniteError, check_writable, run_stage, save_whole
@@ -335,7 +336,8 @@ def test_bundled_recipes_are_complete(name, tmp_path):
     for name in recipe.stage_args.get("recipes", ()):
         load_recipe(name)
     if recipe.trainer:
-        TrainingArguments(output_dir=str(tmp_path), **{**recipe.trainer, "report_to": [], "bf16": False})
+        arguments = NextFlowGRPOConfig if recipe.stage == "grpo" else TrainingArguments
+        arguments(output_dir=str(tmp_path), **{**recipe.trainer, "report_to": [], "bf16": False})
     for spec in recipe.data.values() if recipe.stage == "extract" else ():
         if "class" in spec:
             (document,) = (own for _, own in load_reader(spec).read(0, 1))
