@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 from trl import ModelConfig, TrlParser, get_peft_config
 
-from nextflow_hf import MINI
+from nextflow_hf import BUNDLED
 from nextflow_hf.scenes import ScenePrompts, scene_reward
 from nextflow_hf.training.grpo import NextFlowGRPOConfig, NextFlowGRPOTrainer
 
@@ -37,7 +37,8 @@ class ScenesArguments:
 def main() -> None:
     parser = TrlParser((ScenesArguments, NextFlowGRPOConfig, ModelConfig))
     scenes, args, model_args = parser.parse_args_and_config()
-    path = MINI if model_args.model_name_or_path in (None, "mini") else model_args.model_name_or_path
+    name = model_args.model_name_or_path or "mini"
+    path = BUNDLED.get(name, name)
     model = AutoModelForMultimodalLM.from_pretrained(path)
     model.vq_model.requires_grad_(False)
     trainer = NextFlowGRPOTrainer(

@@ -27,10 +27,11 @@ from .scenes.questions import ask
 from .scenes.referee import Reading
 from .scenes.riddles import draw_riddle
 from .scenes.sampling import is_trained
-from .scenes.signs import letters_right, words_of_sign
+from .scenes.signs import words_of_sign
 from .scenes.source import READ_QUESTION
 from .scenes.stories import draw_story, replay
 from .scenes.tasks import COMPARE_QUESTION, EXAMPLE_PROMPT, NOTHING, ask_for_subject, draw_reference
+from .training.rewards import letters_right
 
 # Shares of scenes with one object, with some alike, with two that differ, with more that differ.
 _FAMILIES = (0.2, 0.1, 0.5, 0.2)

@@ -89,7 +89,10 @@ def run_demo(folder: Path) -> None:
         edits += [] if own is None else [own]
     befores = [Image.fromarray(render(own.before, (64, 64))) for own in edits]
     afters = draw(
-        tasks_model, tasks_processor, [[user(*pair)] for pair in zip(befores, [own.text for own in edits])], range(8)
+        tasks_model,
+        tasks_processor,
+        [[user(*pair)] for pair in zip(befores, [own.text for own in edits])],
+        range(EDITS),
     )
     sheet = contact_sheet([own.text for own in edits], list(zip(befores, afters)))
     save_picture(sheet, folder / "edits.png")

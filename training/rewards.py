@@ -72,21 +72,21 @@ def ocr_score(read: Sequence[tuple[str, float]], wanted: Sequence[str]) -> float
     complete = sum(min(own) for own in found if own) / len(wanted)
     similar = 0.0
     for own in wanted:
-        nearest = max(((_alike(word, own), confidence) for word, confidence in read), default=(0.0, 0.0))
+        nearest = max(((letters_right(word, own), confidence) for word, confidence in read), default=(0.0, 0.0))
         similar += nearest[0] * nearest[1] / len(wanted)
     seen, asked = Counter("".join(word for word, _ in read)), Counter("".join(wanted))
     distance = ((seen - asked) + (asked - seen)).total()
     return complete + similar - 0.6 * distance / (seen.total() + asked.total())
 
 
-def _alike(first: str, second: str) -> float:
-    """1 - edit distance / the longer length."""
-    row = list(range(len(second) + 1))
-    for number, letter in enumerate(first, 1):
-        before, row[0] = row[0], number
-        for place, other in enumerate(second, 1):
-            before, row[place] = row[place], min(row[place] + 1, row[place - 1] + 1, before + (letter != other))
-    return 1 - row[-1] / max(len(first), len(second), 1)
+def letters_right(found: str, wanted: str) -> float:
+    """1 - edit distance (Levenshtein) / length of the longer text: 1 where both are the same, 0 where nothing is."""
+    row = list(range(len(wanted) + 1))
+    for i, a in enumerate(found, 1):
+        previous, row[0] = row[0], i
+        for j, b in enumerate(wanted, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (a != b))
+    return 1 - row[-1] / max(len(found), len(wanted), 1)
 
 
 def last_words(prompt: str | list[dict]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from huggingface_hub import EvalResult
 
 from ..intervals import interval, resample, summarize
-from ..scenes.signs import letters_right
+from ..training.rewards import letters_right
 from .formats import BENCHMARKS, PRISM_TRACKS, Item, words_of
 from .judge import Verdicts
 from .questions import Marks

@@ -243,16 +243,6 @@ def _nearest(color: np.ndarray, known: dict[str, tuple[int, int, int]]) -> str:
     return min(known, key=lambda name: float(np.linalg.norm(np.array(known[name]) - color)))
 
 
-def letters_right(found: str, wanted: str) -> float:
-    """1 - edit distance (Levenshtein) / length of the longer text: 1 where both are the same, 0 where nothing is."""
-    row = list(range(len(wanted) + 1))
-    for i, a in enumerate(found, 1):
-        previous, row[0] = row[0], i
-        for j, b in enumerate(wanted, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (a != b))
-    return 1 - row[-1] / max(len(found), len(wanted), 1)
-
-
 def draw_sign(rng: np.random.Generator, split: str = "train", document_share: float = 0.25) -> Sign:
     """A random sign of a split: `WORDS` belong to the test split (every fourth to validation), training has others.
 

@@ -25,9 +25,10 @@ from nextflow_hf.scenes.questions import ask, ask_several, refer
 from nextflow_hf.scenes.riddles import KINDS as RIDDLES
 from nextflow_hf.scenes.riddles import draw_riddle
 from nextflow_hf.scenes.sampling import is_trained
-from nextflow_hf.scenes.signs import WORDS, Sign, letters_right, transcript
+from nextflow_hf.scenes.signs import WORDS, Sign, transcript
 from nextflow_hf.scenes.stories import draw_story, replay
 from nextflow_hf.scenes.tasks import TASKS
+from nextflow_hf.training.rewards import letters_right
 
 CIRCLE = SceneObject("circle", "red", "large", (0, 0))
 STAR = SceneObject("star", "red", "small", (3, 3))
