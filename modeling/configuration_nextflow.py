@@ -3,7 +3,13 @@
 from dataclasses import field
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig, Siglip2VisionConfig
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    PreTrainedConfig,
+    Siglip2VisionConfig,
+    SiglipVisionConfig,
+)
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 
 from .scale_schedule import (
@@ -26,6 +32,8 @@ _AUTO_MAP = {
 }
 # What an image that something follows shows to it.
 CONTEXT_IMAGES = ("scales", "scales+final", "final")
+# Semantic encoders by the `model_type` of their configuration.
+VISION_CONFIGS = {own.model_type: own for own in (Siglip2VisionConfig, SiglipVisionConfig, CLIPVisionConfig)}
 ABILITIES = ("text", "image", "caption", "edit", "interleaved")
 
 
@@ -35,8 +43,10 @@ class NextFlowVQConfig(PreTrainedConfig):
     Configuration of [`NextFlowVQModel`], the dual-codebook image tokenizer (NextFlow section 2.1).
 
     Args:
-        vision_config (`dict` or `Siglip2VisionConfig`, *optional*):
-            The semantic encoder. Its patch size is the tokenizer's downsampling factor.
+        vision_config (`dict`, `Siglip2VisionConfig`, `SiglipVisionConfig` or `CLIPVisionConfig`, *optional*):
+            The semantic encoder; a `dict` names its kind by `model_type`, SigLIP2 where there is none. SigLIP2 takes
+            pictures of any size, and its patch size is the tokenizer's downsampling factor. The others (TokenFlow's)
+            take their `image_size` alone, so the schedule ends with their grid of patches.
         semantic_layer (`int`, *optional*, defaults to -2):
             Which of the semantic encoder's hidden states is tokenized, and is the target of its reconstruction.
         codebook_size (`int`, *optional*, defaults to 32768):
@@ -56,6 +66,12 @@ class NextFlowVQConfig(PreTrainedConfig):
         pixel_attention (`bool`, *optional*, defaults to `True`):
             Whether the CNNs attend over space at their lowest resolution.
         semantic_decoder_layers (`int`, *optional*, defaults to 3): Transformer layers of the semantic decoder.
+        semantic_decoder_config (`dict`, *optional*):
+            What of a `Siglip2VisionConfig` the semantic decoder has otherwise than the semantic encoder.
+        semantic_decoder_class_token (`bool`, *optional*, defaults to `False`):
+            Whether a learned token stands before the semantic decoder's sequence.
+        semantic_target_dim (`int`, *optional*):
+            Width of the features that the semantic decoder gives back; the semantic encoder's by default.
         sides (`list[int]`, *optional*): Side lengths of the square scale schedule, in grid cells.
         levels (`list[int]`, *optional*): Numbers of scales that make a complete picture.
         final_grids (`list[list[int]]`, *optional*): Aspect-ratio buckets at the highest level, as (height, width).
@@ -71,7 +87,7 @@ class NextFlowVQConfig(PreTrainedConfig):
 
     model_type = "nextflow_vq"
     base_config_key = "vq_config"
-    sub_configs = {"vision_config": Siglip2VisionConfig}
+    sub_configs = {"vision_config": AutoConfig}
 
     vision_config: dict | PreTrainedConfig | None = None
     semantic_layer: int = -2
@@ -88,6 +104,9 @@ class NextFlowVQConfig(PreTrainedConfig):
     norm_num_groups: int = 32
     pixel_attention: bool = True
     semantic_decoder_layers: int = 3
+    semantic_decoder_config: dict | None = None
+    semantic_decoder_class_token: bool = False
+    semantic_target_dim: int | None = None
     sides: list[int] = field(default_factory=lambda: list(NEXTFLOW_SIDES))
     levels: list[int] = field(default_factory=lambda: list(NEXTFLOW_LEVELS))
     final_grids: list[list[int]] = field(default_factory=lambda: [list(grid) for grid in NEXTFLOW_FINAL_GRIDS])
@@ -109,24 +128,38 @@ class NextFlowVQConfig(PreTrainedConfig):
                 vision_use_head=False,
             )
         elif isinstance(self.vision_config, dict):
-            self.vision_config = Siglip2VisionConfig(**self.vision_config)
+            kind = self.vision_config.get("model_type", Siglip2VisionConfig.model_type)
+            if kind not in VISION_CONFIGS:
+                raise ValueError(f"A semantic encoder is one of {sorted(VISION_CONFIGS)}, got {kind!r}.")
+            self.vision_config = VISION_CONFIGS[kind](**self.vision_config)
         super().__post_init__(**kwargs)
         if len(self.encoder_channels) != len(self.decoder_channels):
             raise ValueError(
                 "`encoder_channels` and `decoder_channels` need the same number of levels, got "
                 f"{self.encoder_channels} and {self.decoder_channels}."
             )
-        if 2 ** (len(self.encoder_channels) - 1) != self.downsample:
+        vision = self.vision_config
+        if self.image_size is None and vision.patch_size != self.downsample:
             raise ValueError(
-                f"{len(self.encoder_channels)} CNN levels downsample by {2 ** (len(self.encoder_channels) - 1)}, "
-                f"but the semantic encoder's patches are {self.downsample} pixels wide; the two must agree."
+                f"{len(self.encoder_channels)} CNN levels downsample by {self.downsample}, but the semantic encoder's "
+                f"patches are {vision.patch_size} pixels wide; the two must agree."
+            )
+        if self.image_size is not None and vision.image_size // vision.patch_size != self.sides[-1]:
+            raise ValueError(
+                f"The semantic encoder sees {vision.image_size // vision.patch_size} patches a side, but the schedule "
+                f"ends with {self.sides[-1]}; the two must agree."
             )
         self.schedule  # an invalid schedule is an error here, not at the first picture  # noqa: B018
 
     @property
     def downsample(self) -> int:
-        """Pixels per grid cell and side."""
-        return self.vision_config.patch_size
+        """Pixels per grid cell and side of what the CNNs see."""
+        return 2 ** (len(self.encoder_channels) - 1)
+
+    @property
+    def image_size(self) -> int | None:
+        """Side in pixels of the only pictures that the semantic encoder takes; `None` where it takes any size."""
+        return getattr(self.vision_config, "image_size", None)
 
     @property
     def code_dim(self) -> int:

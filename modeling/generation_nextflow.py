@@ -228,6 +228,9 @@ class NextScaleGenerationMixin(GenerationMixin):
                   of each prompt is drawn anew; elsewhere it is kept, its codes at every scale and its pixels up to a
                   soft edge one cell of the finest scale wide. The answer has its size.
                 * `prefix_codes`: `(batch, codes)` codes of the first scales; only finer ones are drawn.
+                * `resampling`: passes that draw each scale after the first anew, fed with what was drawn of it: a list
+                  of dicts of `temperature`, `top_k`, `top_p`, one a pass (TokenFlow). For models with
+                  `visual_input="accumulated"`, whose inputs such codes are.
                 * `best_of`, `scorer`: draw so many pictures per prompt (picture i of a prompt from its seed + 1000003
                   i) and keep the one for which `scorer` is largest: a function of the list of pictures (float tensors
                   `(3, height, width)` in [-1, 1], one per prompt) that returns a number each.
@@ -322,6 +325,7 @@ class NextScaleGenerationMixin(GenerationMixin):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         mask: torch.Tensor | None = None,
         prefix_codes: torch.LongTensor | None = None,
+        resampling: Sequence[dict] | None = None,
         negative_prompt_ids: torch.LongTensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
         use_cache: bool = True,
@@ -342,6 +346,7 @@ class NextScaleGenerationMixin(GenerationMixin):
         sampling = self._image_sampling(
             guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p
         )
+        passes = self._check_resampling(resampling, sampling, cache_implementation)
         generators = _row_generators(seed, generator, batch)
         if cache_implementation not in ("dynamic", "static"):
             raise ValueError(f'`cache_implementation` must be "dynamic" or "static", got {cache_implementation!r}.')
@@ -359,8 +364,8 @@ class NextScaleGenerationMixin(GenerationMixin):
         if prefix_codes is not None:
             prefix_codes = self._check_prefix(prefix_codes, grids, kept)
 
-        # 2. Every prompt ends with <boi>, the slot of the first scale.
-        input_ids, attention_mask = self._append_boi(input_ids, attention_mask)
+        # 2. Every prompt ends with what opens a picture, the slot of the first scale.
+        input_ids, attention_mask = self._end_prompts(input_ids, attention_mask)
         prompts = [(input_ids, attention_mask)]
         if sampling.guidance_scale > 0:
             prompts.append(
@@ -373,7 +378,7 @@ class NextScaleGenerationMixin(GenerationMixin):
             image_codes=image_codes,
             context_grids=context_grids,
             grids=grids,
-            sampling=sampling,
+            passes=[sampling, *passes],
             generators=generators,
             use_cache=use_cache,
             static_cache=cache_implementation == "static",
@@ -418,7 +423,7 @@ class NextScaleGenerationMixin(GenerationMixin):
         image_codes,
         context_grids,
         grids,
-        sampling,
+        passes,
         generators,
         use_cache,
         static_cache,
@@ -433,18 +438,12 @@ class NextScaleGenerationMixin(GenerationMixin):
         may differ in size: a scale's slots are padded to the largest and masked.
         """
         batch, branches = len(grids), len(prompts)
-        device = prompts[0][0].device
-        num_scales = torch.tensor([len(own) for own in grids], device=device).repeat(branches)
+        num_scales = torch.tensor([len(own) for own in grids], device=prompts[0][0].device).repeat(branches)
 
         # 1. One pass over the prompts, both branches at once.
-        input_ids, attention_mask = _stack_left(prompts, pad_id=_pad_id(self.config))
-        prompt_grids, prompt_codes = self._prompt_images(input_ids, context_grids, image_codes, grids, branches)
-        layout = layout_sequences(input_ids, attention_mask, prompt_grids, self.config)
-        embeds = self.model.language_model.embed_tokens(input_ids)
-        embeds = self.model.embed_images(embeds, layout.spans, prompt_codes)
-        positions, block_ids = layout.position_ids, layout.block_ids
-        start_time = positions[0, :, -1]
-        cache = self._make_cache(use_cache, static_cache, input_ids.shape[1], grids)
+        embeds, positions, attention_mask, block_ids = self._open(prompts, image_codes, context_grids, grids)
+        start_time = positions[..., -1].reshape(-1, len(embeds))[0]
+        cache = self._make_cache(use_cache, static_cache, embeds.shape[1], grids)
         hidden = self._pass(embeds, positions, attention_mask, block_ids, cache)[:, -1:]
 
         scales: list[list[torch.LongTensor]] = [[] for _ in range(batch)]
@@ -452,37 +451,32 @@ class NextScaleGenerationMixin(GenerationMixin):
         for scale in range(max(len(own) for own in grids)):
             # 2. From the second scale on: one pass over this scale's slots, fed with the scale before.
             if scale > 0:
-                block, block_positions_, block_mask = self._block(
-                    scales, grids, scale, num_scales, start_time, branches
-                )
-                attention_mask = torch.cat([attention_mask, block_mask], dim=1)
-                block_ids = torch.cat([block_ids, torch.where(block_mask > 0, int(block_ids.max()) + 1, -1)], dim=1)
+                block, mask = self._block(scales, grids, scale, num_scales)
+                own_positions = self._slot_positions(grids, scale, start_time, block.shape[1])
+                attention_mask = torch.cat([attention_mask, mask], dim=1)
+                block_ids = torch.cat([block_ids, torch.where(mask > 0, int(block_ids.max()) + 1, -1)], dim=1)
+                seen = (attention_mask, block_ids, cache)
                 if use_cache:
-                    hidden = self._pass(block, block_positions_, attention_mask, block_ids, cache)
+                    hidden = self._pass(block, own_positions, *seen)
                 else:
-                    embeds = torch.cat([embeds, block], dim=1)
-                    positions = torch.cat([positions, block_positions_], dim=2)
-                    hidden = self._pass(embeds, positions, attention_mask, block_ids, None)[:, -block.shape[1] :]
+                    before, positions = embeds, torch.cat([positions, own_positions], dim=-1)
+                    embeds = torch.cat([before, block], dim=1)
+                    hidden = self._pass(embeds, positions, *seen)[:, -block.shape[1] :]
             # 3. Scores of the codes alone, guided, and one draw per slot from the picture's own generator.
-            scores = self._code_scores(hidden)
-            for row in range(batch):
-                if scale >= len(grids[row]):
-                    continue
-                slots = grids[row][scale][0] * grids[row][scale][1]
-                conditional = guided = scores[row, :slots]
-                if branches == 2:
-                    strength = ramp(sampling.guidance_scale, scale, len(grids[row]))
-                    guided = (1 + strength) * conditional - strength * scores[batch + row, :slots]
-                uniforms = torch.rand(slots, generator=generators[row], dtype=torch.float64)
-                drawn = sample_codes(guided, uniforms.to(device), sampling.at(scale))
-                if kept is not None:
-                    drawn = kept[row].constrain(drawn, scale)
-                first = sum(len(own) for own in scales[row])
-                if prefix_codes is not None and first < prefix_codes.shape[1]:
-                    drawn = prefix_codes[row, first : first + slots]
-                scales[row].append(drawn)
-                log_probs[row].append(conditional.log_softmax(dim=-1).gather(-1, drawn[:, None])[:, 0])
-            # 4. Tell who watches.
+            fixed = (generators, scales, kept, prefix_codes)
+            drawn, own_log_probs = self._draw_scale(hidden, grids, scale, passes[0], *fixed)
+            # 4. Where asked for, draw the scale anew, fed with itself. Finer scales never see these passes.
+            for sampling in passes[1:] if scale > 0 else ():
+                block, _ = self._block(scales, grids, scale, num_scales, drawn)
+                if use_cache:
+                    hidden = self._pass_again(block, own_positions, *seen)
+                else:
+                    hidden = self._pass(torch.cat([before, block], dim=1), positions, *seen)[:, -block.shape[1] :]
+                drawn, own_log_probs = self._draw_scale(hidden, grids, scale, sampling, *fixed)
+            for row, codes in drawn.items():
+                scales[row].append(codes)
+                log_probs[row].append(own_log_probs[row])
+            # 5. Tell who watches.
             if callback is not None or streamer is not None:
                 step = ScaleStep(
                     scale=scale,
@@ -498,6 +492,41 @@ class NextScaleGenerationMixin(GenerationMixin):
         if streamer is not None:
             streamer.end()
         return [torch.cat(own) for own in scales], [torch.cat(own) for own in log_probs]
+
+    def _draw_scale(
+        self, hidden, grids, scale, sampling, generators, scales, kept, prefix_codes
+    ) -> tuple[dict[int, torch.LongTensor], dict[int, torch.Tensor]]:
+        """Codes of one scale and their log-probabilities, by row; rows whose picture is finished have none."""
+        batch = len(grids)
+        scores = self._code_scores(hidden)
+        codes, log_probs = {}, {}
+        for row in range(batch):
+            if scale >= len(grids[row]):
+                continue
+            slots = grids[row][scale][0] * grids[row][scale][1]
+            conditional = guided = scores[row, :slots]
+            if len(scores) > batch:
+                strength = ramp(sampling.guidance_scale, scale, len(grids[row]))
+                guided = (1 + strength) * conditional - strength * scores[batch + row, :slots]
+            uniforms = torch.rand(slots, generator=generators[row], dtype=torch.float64)
+            drawn = sample_codes(guided, uniforms.to(hidden.device), sampling.at(scale))
+            if kept is not None:
+                drawn = kept[row].constrain(drawn, scale)
+            first = sum(len(own) for own in scales[row])
+            if prefix_codes is not None and first < prefix_codes.shape[1]:
+                drawn = prefix_codes[row, first : first + slots]
+            codes[row] = drawn
+            log_probs[row] = conditional.log_softmax(dim=-1).gather(-1, drawn[:, None])[:, 0]
+        return codes, log_probs
+
+    def _open(self, prompts, image_codes, context_grids, grids):
+        """Embeddings, positions, mask and blocks of the prompts, all branches in one batch."""
+        input_ids, attention_mask = _stack_left(prompts, pad_id=_pad_id(self.config))
+        prompt_grids, prompt_codes = self._prompt_images(input_ids, context_grids, image_codes, grids, len(prompts))
+        layout = layout_sequences(input_ids, attention_mask, prompt_grids, self.config)
+        embeds = self.model.language_model.embed_tokens(input_ids)
+        embeds = self.model.embed_images(embeds, layout.spans, prompt_codes)
+        return embeds, layout.position_ids, attention_mask, layout.block_ids
 
     def _kept_pictures(self, mask, input_ids, pixel_values, image_codes, context_grids) -> list[KeptPicture]:
         """The last picture of each prompt with its mask."""
@@ -536,15 +565,16 @@ class NextScaleGenerationMixin(GenerationMixin):
                 all_codes.append(no_codes)
         return all_grids, nn.utils.rnn.pad_sequence(all_codes, batch_first=True, padding_value=-1)
 
-    def _block(self, scales, grids, scale, num_scales, start_time, branches):
-        """Embeddings, positions and mask of one scale's slots for all rows, padded to the largest picture."""
-        device = start_time.device
-        batch = len(grids)
-        active = [row for row in range(batch) if scale < len(grids[row])]
+    def _block(self, scales, grids, scale, num_scales, drawn=None):
+        """Embeddings and mask of one scale's slots for all rows, padded to the largest picture.
+
+        `drawn` are codes of this very scale, by row, that the slots are fed as well.
+        """
+        branches = len(num_scales) // len(grids)
+        active = [row for row in range(len(grids)) if scale < len(grids[row])]
         width = max(grids[row][scale][0] * grids[row][scale][1] for row in active)
-        features = torch.zeros(batch, width, self.config.vq_config.code_dim, device=device)
-        positions = torch.zeros(3, batch, width, device=device)
-        mask = torch.zeros(batch, width, dtype=torch.long, device=device)
+        features = torch.zeros(len(grids), width, self.config.vq_config.code_dim, device=num_scales.device)
+        mask = torch.zeros(len(grids), width, dtype=torch.long, device=num_scales.device)
         groups: dict = {}
         for row in active:
             groups.setdefault(grids[row], []).append(row)
@@ -552,12 +582,23 @@ class NextScaleGenerationMixin(GenerationMixin):
             slots = own[scale][0] * own[scale][1]
             codes = [torch.stack([scales[row][k] for row in rows]).unflatten(1, own[k]) for k in range(scale)]
             features[rows, :slots] = self.vq_model.scale_inputs(codes, own, self.config.visual_input)
-            positions[1:, rows, :slots] = block_positions(own[scale], self.config.position_range, device)[:, None]
+            if drawn is not None:
+                features[rows, :slots] += self.vq_model.codebook.lookup(torch.stack([drawn[row] for row in rows]))
             mask[rows, :slots] = 1
         embeds = self.model.embed_block(features.repeat(branches, 1, 1), scale, num_scales)
-        positions = positions.repeat(1, branches, 1)
+        return embeds, mask.repeat(branches, 1)
+
+    def _slot_positions(self, grids, scale, start_time, width):
+        """Positions of one scale's slots for all rows: `(3, rows, width)`."""
+        positions = torch.zeros(3, len(start_time), width, device=start_time.device)
         positions[0] = start_time[:, None] + scale
-        return embeds, positions, mask.repeat(branches, 1)
+        for row in range(len(start_time)):
+            own = grids[row % len(grids)]
+            if scale < len(own):
+                slots = own[scale][0] * own[scale][1]
+                spatial = block_positions(own[scale], self.config.position_range, start_time.device)
+                positions[1:, row, :slots] = spatial
+        return positions
 
     def _pass(self, embeds, positions, attention_mask, block_ids, cache) -> torch.Tensor:
         return self.model(
@@ -568,6 +609,15 @@ class NextScaleGenerationMixin(GenerationMixin):
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
+
+    def _pass_again(self, block, positions, attention_mask, block_ids, cache) -> torch.Tensor:
+        """A pass over a scale's slots that the cache holds already, and afterwards holds as before."""
+        kept = [(layer.keys, layer.values) for layer in cache.layers]
+        cache.crop(-block.shape[1])
+        hidden = self._pass(block, positions, attention_mask, block_ids, cache)
+        for layer, (keys, values) in zip(cache.layers, kept):
+            layer.keys, layer.values = keys, values
+        return hidden
 
     def _code_scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """Only the code rows of the head: float32 (or wider) `(..., codebook_size)`."""
@@ -695,6 +745,25 @@ class NextScaleGenerationMixin(GenerationMixin):
             chosen[name] = DEFAULT_SAMPLING[name] if value is None else value
         return ImageSampling(**chosen)
 
+    def _check_resampling(self, resampling, sampling: ImageSampling, cache_implementation: str) -> list[ImageSampling]:
+        """Sampling of the passes that draw a scale anew."""
+        if resampling is None:
+            resampling = getattr(self.generation_config, "image_resampling", None)
+        if not resampling:
+            return []
+        if self.config.visual_input != "accumulated":
+            raise ValueError(
+                "`resampling` feeds a scale with its own codes, which this checkpoint never saw in training "
+                f'(`visual_input` is "{self.config.visual_input}").'
+            )
+        if cache_implementation == "static":
+            raise ValueError('`resampling` needs a cache that can be cropped; leave `cache_implementation` "dynamic".')
+        known = {"temperature", "top_k", "top_p"}
+        if not all(isinstance(own, dict) and set(own) <= known for own in resampling):
+            raise ValueError(f"`resampling` is a list of dicts of {sorted(known)}, one a pass; got {resampling}.")
+        plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        return [ImageSampling(sampling.guidance_scale, **{**plain, **own}) for own in resampling]
+
     def _check_prompts(self, input_ids, attention_mask) -> tuple[torch.LongTensor, torch.LongTensor]:
         if input_ids is None or input_ids.ndim != 2 or 0 in input_ids.shape:
             raise ValueError("`input_ids` must hold at least one prompt of at least one token, as (batch, length).")
@@ -744,7 +813,7 @@ class NextScaleGenerationMixin(GenerationMixin):
         self.vq_model._check_codes(prefix_codes)
         return prefix_codes.to(self.device)
 
-    def _append_boi(self, input_ids, attention_mask):
+    def _end_prompts(self, input_ids, attention_mask):
         """End each row with `<boi>`, unless all do already."""
         if bool((input_ids[:, -1] == self.config.boi_token_id).all()):
             return input_ids, attention_mask
@@ -764,7 +833,7 @@ class NextScaleGenerationMixin(GenerationMixin):
                 negative_ids, negative_mask = (x.expand(len(input_ids), -1) for x in (negative_ids, negative_mask))
             if len(negative_ids) != len(input_ids):
                 raise ValueError(f"{len(negative_ids)} negative prompts were given for {len(input_ids)} prompts.")
-            return self._append_boi(negative_ids, negative_mask)
+            return self._end_prompts(negative_ids, negative_mask)
         image_tokens = torch.tensor(
             [self.config.boi_token_id, self.config.image_token_id, self.config.eoi_token_id], device=input_ids.device
         )

@@ -27,7 +27,7 @@ from .chunked_cross_entropy import chunked_cross_entropy, chunked_log_probs
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextScaleGenerationMixin
 from .image_layout import ImageSpan, SequenceLayout, layout_sequences, positions_in_documents, read_grids
-from .modeling_nextflow_vq import NextFlowVQModel
+from .modeling_nextflow_vq import NextFlowVQModel, OwnsImageTokenizer
 from .scale_schedule import Grid
 
 
@@ -424,7 +424,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         return {"full_attention": mask}
 
 
-class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextScaleGenerationMixin):
+class NextFlowForConditionalGeneration(OwnsImageTokenizer, NextFlowPreTrainedModel, NextScaleGenerationMixin):
     """NextFlow with its one head over text tokens and image codes."""
 
     output_modalities = ("image", "text")
@@ -439,42 +439,6 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextScaleGenerat
         self.model = NextFlowModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As in transformers; refuses a checkpoint whose tokenizer is not the one its decoder was trained with."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).check_vq_model()
-        return loaded
-
-    @property
-    def vq_model(self) -> NextFlowVQModel:
-        """The image tokenizer. Assigning another one checks that the decoder was trained with it."""
-        return self.model.vq_model
-
-    def set_vq_model(self, vq_model: NextFlowVQModel) -> None:
-        """Replace the image tokenizer, for example by one with a larger pixel decoder.
-
-        Raises:
-            ValueError: If its codebook is not the one that this decoder was trained with.
-        """
-        self.check_vq_model(vq_model)
-        self.model.vq_model = vq_model
-        self.config.vq_config = vq_model.config
-
-    def check_vq_model(self, vq_model: NextFlowVQModel | None = None) -> None:
-        """Raise `ValueError` unless the tokenizer's codebook has the fingerprint that the checkpoint records."""
-        vq_model = self.model.vq_model if vq_model is None else vq_model
-        expected = self.config.codebook_fingerprint
-        if expected is None or vq_model.codebook.semantic.weight.device.type == "meta":
-            return
-        found = vq_model.fingerprint()
-        if found != expected:
-            raise ValueError(
-                f"This decoder was trained with the image tokenizer {expected}, but its tokenizer now has the codebook "
-                f"{found}: it would draw noise. Use the tokenizer of the decoder's own checkpoint, or train the "
-                "decoder on this one and set `config.codebook_fingerprint = vq_model.fingerprint()`."
-            )
 
     @can_return_tuple
     def forward(

@@ -1,7 +1,8 @@
 """The NextFlow image tokenizer: two branches, two codebooks, one shared index, many scales.
 
 Read top to bottom: the codebook (one index, a semantic and a pixel vector), the multi-scale residual quantizer, the
-semantic decoder, and the model that joins them with transformers' SigLIP2 encoder and diffusers' VQGAN-style CNNs.
+semantic decoder, and the model that joins them with a vision encoder of transformers' and diffusers' VQGAN-style CNNs.
+The encoder is SigLIP2, or for TokenFlow's tokenizers CLIP or SigLIP, which take one picture size alone.
 Facts and formulas: NextFlow (arXiv 2601.02204) sections 2.1 and 3.1; where it is silent, TokenFlow (arXiv 2412.03069).
 Quantization runs in float32 whatever the dtype of the rest.
 """
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel, Siglip2VisionModel
+from transformers import CLIPVisionModel, PreTrainedModel, Siglip2VisionConfig, Siglip2VisionModel, SiglipVisionModel
 from transformers import initialization as init
 from transformers.models.siglip2.modeling_siglip2 import Siglip2Encoder, Siglip2VisionEmbeddings
 from transformers.utils import ModelOutput
@@ -73,7 +74,7 @@ class NextFlowVQOutput(ModelOutput):
 
 
 def upsample(features: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Bicubic resize of a code map `(batch, dim, h, w)` to `grid`; the identity where it fits already."""
+    """Bicubic resize of a map `(batch, dim, h, w)` to `grid`, without antialiasing; the identity where it fits."""
     if features.shape[-2:] == tuple(grid):
         return features
     return F.interpolate(features, size=tuple(grid), mode="bicubic", align_corners=False)
@@ -165,8 +166,8 @@ class DualCodebook(nn.Module):
         return 2 * (1 + self.pixel_distance_weight) - 2 * torch.cat(similarities), torch.cat(codes)
 
 
-class SemanticEncoder(Siglip2VisionModel):
-    """transformers' SigLIP2 encoder, which takes SDPA where the whole model is asked for something it cannot do."""
+class _FallsBackToSdpa:
+    """Takes SDPA where the whole model is asked for an attention that a vision encoder cannot do."""
 
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -177,6 +178,48 @@ class SemanticEncoder(Siglip2VisionModel):
         return super().get_correct_attn_implementation(requested_attention, *args, **kwargs)
 
 
+class Siglip2SemanticEncoder(_FallsBackToSdpa, Siglip2VisionModel):
+    """SigLIP2 on pictures of any size."""
+
+    def features(self, pixel_values: torch.Tensor, layer: int) -> torch.Tensor:
+        """Pixels `(batch, 3, H, W)` in [-1, 1] -> the hidden states of a layer, `(batch, h * w, hidden_size)`."""
+        return siglip2_features(self, pixel_values, layer)
+
+
+class SiglipSemanticEncoder(_FallsBackToSdpa, SiglipVisionModel):
+    """SigLIP on pictures of its one size."""
+
+    def features(self, pixel_values: torch.Tensor, layer: int) -> torch.Tensor:
+        """Pixels `(batch, 3, S, S)` in [-1, 1] -> the hidden states of a layer, `(batch, h * w, hidden_size)`."""
+        return self(pixel_values.clamp(-1, 1), output_hidden_states=True).hidden_states[layer]
+
+
+class ClipSemanticEncoder(_FallsBackToSdpa, CLIPVisionModel):
+    """CLIP on pictures of its one size, in [-1, 1] as TokenFlow gives them, not with CLIP's own mean and deviation."""
+
+    def features(self, pixel_values: torch.Tensor, layer: int) -> torch.Tensor:
+        """Pixels `(batch, 3, S, S)` in [-1, 1] -> the normed hidden states of the patches at a layer,
+        `(batch, h * w, hidden_size)`."""
+        return self.post_layernorm(self(pixel_values, output_hidden_states=True).hidden_states[layer][:, 1:])
+
+
+SEMANTIC_ENCODERS = {
+    own.config_class.model_type: own for own in (Siglip2SemanticEncoder, SiglipSemanticEncoder, ClipSemanticEncoder)
+}
+
+
+def siglip2_features(encoder: Siglip2VisionModel, pixel_values: torch.Tensor, layer: int) -> torch.Tensor:
+    """Pixels `(batch, 3, H, W)` in [-1, 1] -> a SigLIP2's hidden states of a layer, `(batch, h * w, hidden_size)`."""
+    patches, grid = patchify(pixel_values, encoder.config.patch_size)
+    outputs = encoder(
+        pixel_values=patches,
+        pixel_attention_mask=None,
+        spatial_shapes=torch.tensor([grid]).expand(len(patches), 2),
+        output_hidden_states=True,
+    )
+    return outputs.hidden_states[layer]
+
+
 class SemanticDecoder(nn.Module):
     """Transformer from the semantic part of the codes back to the semantic encoder's features.
 
@@ -185,21 +228,32 @@ class SemanticDecoder(nn.Module):
 
     def __init__(self, config: NextFlowVQConfig):
         super().__init__()
-        vision_config = type(config.vision_config)(
-            **{**config.vision_config.to_dict(), "num_hidden_layers": config.semantic_decoder_layers}
-        )
-        implementation = config.vision_config._attn_implementation
-        vision_config._attn_implementation = "eager" if implementation == "eager" else "sdpa"
-        width = vision_config.hidden_size
-        self.grid_side = int(vision_config.num_patches**0.5)
+        encoder, decoder_config = config.vision_config, self._config(config)
+        decoder_config._attn_implementation = "eager" if encoder._attn_implementation == "eager" else "sdpa"
+        width = decoder_config.hidden_size
+        self.grid_side = int(decoder_config.num_patches**0.5)
         self.in_proj = nn.Linear(config.semantic_dim, width)
-        self.position_embedding = nn.Embedding(vision_config.num_patches, width)
-        self.encoder = Siglip2Encoder(vision_config)
-        self.norm = nn.LayerNorm(width, eps=vision_config.layer_norm_eps)
-        self.head = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if config.semantic_decoder_class_token else None
+        self.position_embedding = nn.Embedding(decoder_config.num_patches, width)
+        self.encoder = Siglip2Encoder(decoder_config)
+        self.norm = nn.LayerNorm(width, eps=decoder_config.layer_norm_eps)
+        target_dim = config.semantic_target_dim or encoder.hidden_size
+        self.head = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, target_dim))
+
+    @staticmethod
+    def _config(config: NextFlowVQConfig) -> Siglip2VisionConfig:
+        """A SigLIP2 of the semantic encoder's shape, but for the number of layers and what the configuration says."""
+        encoder = config.vision_config
+        if config.image_size is None:
+            shape = encoder.to_dict()
+        else:
+            names = ("hidden_size", "intermediate_size", "num_attention_heads", "hidden_act", "layer_norm_eps")
+            shape = {name: getattr(encoder, name) for name in names} | {"num_patches": max(config.sides) ** 2}
+        layers = {"num_hidden_layers": config.semantic_decoder_layers}
+        return Siglip2VisionConfig(**{**shape, **layers, **(config.semantic_decoder_config or {})})
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """`(batch, semantic_dim, h, w)` -> `(batch, h * w, hidden_size)`."""
+        """`(batch, semantic_dim, h, w)` -> `(batch, h * w, target_dim)`."""
         grid = features.shape[-2:]
         positions = Siglip2VisionEmbeddings.resize_positional_embeddings(
             self.position_embedding.weight.reshape(self.grid_side, self.grid_side, -1),
@@ -207,8 +261,10 @@ class SemanticDecoder(nn.Module):
             max_length=grid[0] * grid[1],
         )
         hidden_states = self.in_proj(features.flatten(2).transpose(1, 2).to(self.in_proj.weight.dtype)) + positions
+        if self.class_token is not None:
+            hidden_states = torch.cat([self.class_token.expand(len(features), -1, -1), hidden_states], dim=1)
         hidden_states = self.encoder(inputs_embeds=hidden_states, attention_mask=None).last_hidden_state
-        return self.head(self.norm(hidden_states))
+        return self.head(self.norm(hidden_states[:, -grid[0] * grid[1] :]))
 
 
 class NextFlowVQPreTrainedModel(PreTrainedModel):
@@ -247,7 +303,7 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
 
         levels = len(config.encoder_channels)
         self.schedule = config.schedule
-        self.semantic_encoder = SemanticEncoder._from_config(config.vision_config)
+        self.semantic_encoder = SEMANTIC_ENCODERS[config.vision_config.model_type]._from_config(config.vision_config)
         width = config.vision_config.hidden_size
         self.semantic_proj = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, config.semantic_dim))
         self.pixel_encoder = Encoder(
@@ -280,22 +336,20 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
     def semantic_features(self, pixel_values: torch.Tensor, encoder: Siglip2VisionModel | None = None) -> torch.Tensor:
         """Hidden states of the semantic encoder, `(batch, h * w, hidden_size)`, for pixels `(batch, 3, H, W)`.
 
-        `encoder` may be another of the same shape: a frozen teacher.
+        `encoder` may be another SigLIP2 of the same shape: a frozen teacher.
         """
-        patches, grid = patchify(pixel_values, self.config.downsample)
-        outputs = (encoder or self.semantic_encoder)(
-            pixel_values=patches,
-            pixel_attention_mask=None,
-            spatial_shapes=torch.tensor([grid]).expand(len(patches), 2),
-            output_hidden_states=True,
-        )
-        return outputs.hidden_states[self.config.semantic_layer]
+        if encoder is not None:
+            return siglip2_features(encoder, pixel_values, self.config.semantic_layer)
+        return self.semantic_encoder.features(pixel_values, self.config.semantic_layer)
 
     def latents(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What is quantized: `(batch, code_dim, h, w)` in float32, and the semantic features it came from."""
         self._check_pixels(pixel_values)
         pixel_values = pixel_values.to(self.post_pixel_proj.weight.dtype)
         semantic_features = self.semantic_features(pixel_values)
+        if self.config.image_size is not None:
+            cells = self.config.image_size // self.config.vision_config.patch_size
+            pixel_values = upsample(pixel_values, self.schedule.image_size((cells, cells)))
         pixel = self.pixel_proj(self.pixel_encoder(pixel_values))
         semantic = self.semantic_proj(semantic_features).transpose(1, 2).unflatten(2, pixel.shape[-2:])
         return torch.cat([semantic, pixel], dim=1).float(), semantic_features
@@ -386,7 +440,9 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
     def decode_features(self, features: torch.Tensor) -> torch.Tensor:
         """Summed code features `(batch, code_dim, h, w)` -> pixels `(batch, 3, H, W)`, nominally in [-1, 1]."""
         pixel = features[:, self.config.semantic_dim :].to(self.post_pixel_proj.weight.dtype)
-        return self.pixel_decoder(self.post_pixel_proj(pixel))
+        pixels = self.pixel_decoder(self.post_pixel_proj(pixel))
+        size = self.config.image_size
+        return pixels if size is None else upsample(pixels, (size, size))
 
     @torch.no_grad()
     def decode(self, codes: torch.LongTensor, grids: Sequence[Grid]) -> torch.Tensor:
@@ -455,6 +511,10 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         reconstruction = self.decode_features(features)
         decoded_semantic = self.semantic_decoder(features[:, : self.config.semantic_dim])
         targets = semantic_features.detach() if semantic_targets is None else semantic_targets
+        if targets.shape != decoded_semantic.shape:
+            raise ValueError(
+                f"`semantic_targets` must have the shape {tuple(decoded_semantic.shape)}, got {tuple(targets.shape)}."
+            )
         pixel_loss = F.mse_loss(reconstruction.float(), pixel_values.float())
         semantic_loss = 1 - F.cosine_similarity(decoded_semantic.float(), targets.float(), dim=-1).mean()
         loss = (
@@ -560,7 +620,10 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
                 f"{tuple(pixel_values.shape)}."
             )
         height, width = pixel_values.shape[-2:]
-        if min(height, width) < patch or height % patch or width % patch:
+        size = self.config.image_size
+        if size is not None and (height, width) != (size, size):
+            raise ValueError(f"This tokenizer takes pictures of {size}x{size} pixels alone, got {height}x{width}.")
+        if size is None and (min(height, width) < patch or height % patch or width % patch):
             raise ValueError(f"Picture sides must be positive multiples of {patch} pixels, got {height}x{width}.")
         if not torch.isfinite(pixel_values).all():
             raise ValueError("The pixels hold NaN or infinite values.")
@@ -581,6 +644,46 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         if codes.numel() and (codes.min() < 0 or codes.max() >= self.codebook.size):
             raise ValueError(
                 f"Codes must lie in 0..{self.codebook.size - 1}, got {codes.min().item()}..{codes.max().item()}."
+            )
+
+
+class OwnsImageTokenizer:
+    """A decoder's tie to its image tokenizer, `model.vq_model`: loaded, exchanged and checked together."""
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; refuses a checkpoint whose tokenizer is not the one its decoder was trained with."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).check_vq_model()
+        return loaded
+
+    @property
+    def vq_model(self) -> NextFlowVQModel:
+        """The image tokenizer. Assigning another one checks that the decoder was trained with it."""
+        return self.model.vq_model
+
+    def set_vq_model(self, vq_model: NextFlowVQModel) -> None:
+        """Replace the image tokenizer, for example by one with a larger pixel decoder.
+
+        Raises:
+            ValueError: If its codebook is not the one that this decoder was trained with.
+        """
+        self.check_vq_model(vq_model)
+        self.model.vq_model = vq_model
+        self.config.vq_config = vq_model.config
+
+    def check_vq_model(self, vq_model: NextFlowVQModel | None = None) -> None:
+        """Raise `ValueError` unless the tokenizer's codebook has the fingerprint that the checkpoint records."""
+        vq_model = self.model.vq_model if vq_model is None else vq_model
+        expected = self.config.codebook_fingerprint
+        if expected is None or vq_model.codebook.semantic.weight.device.type == "meta":
+            return
+        found = vq_model.fingerprint()
+        if found != expected:
+            raise ValueError(
+                f"This decoder was trained with the image tokenizer {expected}, but its tokenizer now has the codebook "
+                f"{found}: it would draw noise. Use the tokenizer of the decoder's own checkpoint, or train the "
+                "decoder on this one and set `config.codebook_fingerprint = vq_model.fingerprint()`."
             )
 
 
