@@ -169,18 +169,28 @@ def sample_codes(scores: torch.Tensor, uniforms: torch.Tensor, sampling: ImageSa
     """
     if sampling.temperature == 0 or sampling.top_k == 1:
         return scores.argmax(dim=-1)
-    kept = min(sampling.top_k or scores.shape[-1], scores.shape[-1])
-    # top-k first: top-p then sorts k scores, not the codebook.
-    scores, codes = (scores / sampling.temperature).topk(kept, dim=-1)
-    probabilities = scores.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
+    probabilities, codes = kept_probabilities(scores, sampling)
     cumulative = probabilities.cumsum(dim=-1)
     thresholds = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
     choice = (cumulative <= thresholds).sum(dim=-1, keepdim=True)
     # Rounding may put a threshold at the very end; the last code with any probability is meant.
     last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
     return codes.gather(-1, torch.minimum(choice, last))[:, 0]
+
+
+def kept_probabilities(scores: torch.Tensor, sampling: ImageSampling) -> tuple[torch.Tensor, torch.LongTensor]:
+    """What temperature, top-k and top-p leave of `scores` `(rows, codebook_size)`.
+
+    Returns:
+        Probabilities, which do not sum to 1 where top-p left some out, and their codes, both `(rows, kept)`, the
+        likeliest first.
+    """
+    kept = min(sampling.top_k or scores.shape[-1], scores.shape[-1])
+    # top-k first: top-p then sorts k scores, not the codebook.
+    scores, codes = (scores / sampling.temperature).topk(kept, dim=-1)
+    probabilities = scores.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    return probabilities.masked_fill(before >= sampling.top_p, 0), codes
 
 
 def ramp(guidance_scale: float, scale: int, num_scales: int) -> float:

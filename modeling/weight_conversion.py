@@ -5,7 +5,7 @@ against the names and shapes in the source's files and those of the target model
 weight that is missing, unknown or of another shape; [`apply_rules`] then makes one rule's weights at a time.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -100,10 +100,25 @@ def check_rules(rules: Sequence[Rule], dropped: Sequence[Dropped], source: Shape
         raise ValueError("The weights do not fit. " + " ".join(problems))
 
 
-def apply_rules(rules: Sequence[Rule], load: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor of every weight of the target, one rule at a time; `load` reads a weight of the source."""
+def apply_rules(
+    rules: Sequence[Rule], load: Callable[[str], torch.Tensor], skip: Set[str] = frozenset()
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of every weight of the target, one rule at a time.
+
+    Args:
+        rules: The rules.
+        load: Reads a weight of the source.
+        skip: Names of the target; a rule that makes only such is not applied.
+    """
     for rule in rules:
-        yield from zip(rule.targets, rule(*map(load, rule.sources)))
+        if not set(rule.targets) <= skip:
+            yield from zip(rule.targets, rule(*map(load, rule.sources)))
+
+
+def bytes_made(rules: Sequence[Rule], source: Shapes, dtype_of: Callable[[str], torch.dtype]) -> int:
+    """Bytes of all that the rules make of a source with these shapes and dtypes."""
+    meta = {name: torch.empty(source[name], dtype=dtype_of(name), device="meta") for r in rules for name in r.sources}
+    return sum(own.numel() * own.element_size() for _, own in apply_rules(rules, meta.__getitem__))
 
 
 def _shapes_made(rule: Rule, source: Shapes) -> list[tuple[int, ...]] | None:

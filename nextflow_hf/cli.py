@@ -1,4 +1,4 @@
-"""The command line: `nextflow-hf generate | describe | edit | story | chat | train | extract | evaluate | demo`."""
+"""The command line: `nextflow-hf COMMAND`; `nextflow-hf --help` lists the commands."""
 
 import argparse
 import json
@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--count", type=int, default=1, help="pictures to draw")
     generate.add_argument("--size", type=_size, help="HEIGHTxWIDTH in pixels")
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--negative-prompt", help="what guidance leads away from")
     _add_sampling(generate)
     generate.set_defaults(run=_generate)
 
@@ -103,10 +104,32 @@ def _parser() -> argparse.ArgumentParser:
     add_benchmark_parser(evaluate, _size)
     evaluate.set_defaults(run=_evaluate)
 
+    _add_convert(commands)
+
     demo = commands.add_parser("demo", help="draw and describe with the bundled checkpoint")
     demo.add_argument("--output", type=Path, default=Path("demo"))
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _add_convert(commands) -> None:
+    convert = commands.add_parser("convert", help="turn published weights into checkpoints of ours")
+    kinds = convert.add_subparsers(dest="kind", required=True)
+    tokenizer = kinds.add_parser("tokenflow-tokenizer", help="an image tokenizer of TokenFlow")
+    tokenizer.add_argument("--variant", help='"clipb_224", "clipb_256" or "siglip_384"; else what the weights say')
+    t2i = kinds.add_parser("tokenflow-t2i", help="TokenFlow's text-to-image model")
+    t2i.add_argument(
+        "--tokenizer", default="ByteFlow-AI/TokenFlow", help="its image tokenizer: converted, as published, or a Hub id"
+    )
+    qwen = kinds.add_parser("qwen2.5-vl", help="Qwen2.5-VL's language model as a NextFlow to train")
+    qwen.add_argument("--tokenizer", help="the image tokenizer: one of ours or TokenFlow's; a new one by default")
+    qwen.add_argument("--semantic-encoder", help="SigLIP2 that a new image tokenizer begins with, a folder or Hub id")
+    qwen.add_argument("--seed", type=int, default=0, help="seed of the new weights")
+    for kind in (tokenizer, t2i, qwen):
+        kind.add_argument("source", help="a local file or folder, or a Hub id")
+        kind.add_argument("target", type=Path, help="folder of the checkpoint")
+        kind.add_argument("--dry-run", action="store_true", help="check everything and say what would be written")
+        kind.set_defaults(run=_convert)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -148,7 +171,16 @@ def _generate(args: argparse.Namespace) -> None:
     model, processor = load(args.checkpoint)
     sizes = {} if args.size is None else {"image_size": args.size}
     seeds = [args.seed + index for index in range(args.count)]
-    pictures = draw_prompts(model, processor, [args.prompt] * args.count, seeds, args.count, **sizes, **_sampling(args))
+    pictures = draw_prompts(
+        model,
+        processor,
+        [args.prompt] * args.count,
+        seeds,
+        args.count,
+        args.negative_prompt,
+        **sizes,
+        **_sampling(args),
+    )
     for seed, picture in zip(seeds, pictures):
         path = args.output / f"{seed:04d}.png"
         save_picture(picture, path)
@@ -256,6 +288,23 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.output is not None:
         write_whole(args.output, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
     print(table(result))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from . import convert
+    from .weight_files import check_target
+
+    check_target(args.target)
+    if args.kind == "tokenflow-tokenizer":
+        plan = convert.plan_tokenflow_tokenizer(args.source, args.variant)
+    elif args.kind == "tokenflow-t2i":
+        plan = convert.plan_tokenflow_t2i(args.source, args.tokenizer)
+    else:
+        plan = convert.plan_qwen2_5_vl(args.source, args.tokenizer, args.semantic_encoder, args.seed)
+    print(plan.describe())
+    if not args.dry_run:
+        plan.write(args.target)
+        print(args.target)
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -141,9 +141,14 @@ def draw_prompts(
     prompts: list[str],
     seeds: list[int],
     batch_size: int = 64,
+    negative_prompt: str | None = None,
     **sampling,
 ) -> list[Image.Image]:
-    """One picture per prompt, each from its own seed; `sampling` goes to `generate`."""
+    """One picture per prompt, each from its own seed, away from `negative_prompt`; `sampling` goes to `generate`."""
+    if negative_prompt is not None:
+        negative = prepare(processor, [[user(negative_prompt)]])
+        sampling["negative_prompt_ids"] = negative["input_ids"]
+        sampling["negative_prompt_attention_mask"] = negative["attention_mask"]
     return draw(model, processor, [[user(text)] for text in prompts], seeds, batch_size, **sampling)
 
 

@@ -17,6 +17,7 @@ _DRAWING_ARGUMENTS = (
     "callback_on_scale_end",
     "streamer",
     "mask",
+    "resampling",
 )
 
 
@@ -65,7 +66,7 @@ class TextToImagePipeline(Pipeline):
     """Draws pictures of prompts: `pipeline("text-to-image", model=...)("a red circle", seed=7)`.
 
     A string gives one `PIL.Image.Image`, a list of strings a list of them. Keyword arguments are those of `generate`
-    in image mode.
+    in image mode, and `negative_prompt`: text that guidance leads away from.
     """
 
     _load_processor = True
@@ -75,16 +76,23 @@ class TextToImagePipeline(Pipeline):
     _pipeline_calls_generate = True
     default_generation_config = GenerationConfig()
 
-    def _sanitize_parameters(self, **kwargs):
+    def _sanitize_parameters(self, negative_prompt: str | None = None, **kwargs):
         unknown = set(kwargs) - {*_DRAWING_ARGUMENTS, "generate_kwargs"}
         if unknown:
             raise ValueError(
-                f"A text-to-image pipeline does not know {sorted(unknown)}; it takes {_DRAWING_ARGUMENTS}."
+                f"A text-to-image pipeline does not know {sorted(unknown)}; it takes "
+                f"{('negative_prompt', *_DRAWING_ARGUMENTS)}."
             )
-        return {}, {**kwargs.pop("generate_kwargs", {}), **kwargs}, {}
+        preprocess = {} if negative_prompt is None else {"negative_prompt": negative_prompt}
+        return preprocess, {**kwargs.pop("generate_kwargs", {}), **kwargs}, {}
 
-    def preprocess(self, prompt: str):
-        return _chat_inputs(self.processor, prompt)
+    def preprocess(self, prompt: str, negative_prompt: str | None = None):
+        inputs = _chat_inputs(self.processor, prompt)
+        if negative_prompt is not None:
+            negative = _chat_inputs(self.processor, negative_prompt)
+            inputs["negative_prompt_ids"] = negative["input_ids"]
+            inputs["negative_prompt_attention_mask"] = negative["attention_mask"]
+        return inputs
 
     def _forward(self, model_inputs, **drawing):
         return {"output": self.model.generate(**model_inputs, generation_mode="image", **drawing)}
