@@ -11,7 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Siglip2VisionConfig,
+)
 from transformers.dynamic_module_utils import custom_object_save
 
 from .files import write_whole
@@ -69,7 +76,7 @@ class Plan:
         """Write the checkpoint; the folder is whole or absent, and goes on where a killed run was."""
         config = self.model.config
         config.architectures = [type(self.model).__name__]
-        tied = self.model._tied_weights_keys if config.tie_word_embeddings else {}
+        tied = self.model._tied_weights_keys if getattr(config, "tie_word_embeddings", False) else {}
         names = [name for name in self.model.state_dict() if name not in tied]
         with whole_folder(target, self.describe(), self.needed_bytes) as folder:
             write_shards(folder, self.make, names)
@@ -90,13 +97,12 @@ def fetch(source: str, patterns: tuple[str, ...]) -> Path:
         return Path(source)
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ValueError(f"There is no file or folder {source}, and it is no Hub id (owner/name).")
-    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
     try:
         return Path(snapshot_download(source, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
+    except (HFValidationError, OSError) as error:
         raise ValueError(f"{source} is no local path, and could not be downloaded from the Hub: {error}") from error
 
 
@@ -331,11 +337,10 @@ def plan_qwen2_5_vl(
 def _new_tokenizer(semantic_encoder: str) -> NextFlowVQModel:
     """A new image tokenizer of the 7B's shape around a SigLIP2."""
     path = fetch(semantic_encoder, ("config.json", "*.safetensors"))
-    vision = dict(_read_config(path).get("vision_config") or {})
-    if not vision:
-        raise ValueError(f"{path} has no `vision_config`; it is no SigLIP2.")
-    shape = NextFlowVQConfig().vision_config.to_dict()
-    vision = {**shape, **{name: own for name, own in vision.items() if name in shape}, "vision_use_head": False}
+    vision = getattr(AutoConfig.from_pretrained(path), "vision_config", None)
+    if not isinstance(vision, Siglip2VisionConfig):
+        raise ValueError(f"{path} is no SigLIP2: its `vision_config` is {type(vision).__name__}.")
+    vision.vision_use_head = False
     return with_semantic_encoder(NextFlowVQConfig(vision_config=vision), WeightFiles(path))
 
 

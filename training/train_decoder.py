@@ -126,7 +126,8 @@ def train_decoder(recipe: Recipe) -> None:
     `stage_args`:
 
     * what is trained: `trained` (first parts of parameter names; everything but the tokenizer where it is missing), or
-      `lora` (arguments of `peft.LoraConfig`; the result has the adapter in `adapter` and is merged in `final`);
+      `lora` (arguments of `peft.LoraConfig`; the result has the adapter in `adapter` and is merged in `final`); with
+      `head_rows: codes` the head's rows of text stay as they are, and no weight may decay;
     * how: `prefix_scales`, `prompt_dropout`, `attn_implementation`, `fsdp_size` (processes over which weights,
       gradients and the optimizer are sharded; goes on from a saved `decoder`);
     * what the checkpoint carries: `abilities`, `sampling` (its `image_*` generation settings);
@@ -164,6 +165,7 @@ def train_decoder(recipe: Recipe) -> None:
     # 2. The decoder of the stage before, or a new one, and what of it is trained.
     model = _decoder_of(recipe, vq_model)
     _freeze_all_but(model, stage)
+    _freeze_text_rows(model, recipe)
     if "lora" in stage:
         from peft import LoraConfig, get_peft_model
 
@@ -285,6 +287,26 @@ def _freeze_all_but(model: NextFlowForConditionalGeneration, stage: dict) -> Non
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parts is None or name.startswith(tuple(parts)))
     model.vq_model.requires_grad_(False)
+
+
+def _freeze_text_rows(model: NextFlowForConditionalGeneration, recipe: Recipe) -> None:
+    """Train the head's rows of codes alone, where the recipe says so."""
+    rows, head = recipe.stage_args.get("head_rows"), model.lm_head.weight
+    if rows is None:
+        return
+    if rows != "codes":
+        raise ValueError(f'`head_rows` must be "codes" or left out, got {rows!r}.')
+    conflicts = {
+        "a head that is not trained": not head.requires_grad,
+        "a head that shares the embedding table": model.config.tie_word_embeddings,
+        "`lora`": "lora" in recipe.stage_args,
+        "`fsdp_size`": "fsdp_size" in recipe.stage_args,
+        "a `weight_decay` other than 0": bool(recipe.trainer.get("weight_decay", 0.0)),
+    }
+    found = [name for name, holds in conflicts.items() if holds]
+    if found:
+        raise ValueError(f"`head_rows: codes` does not go with {' and '.join(found)}.")
+    head.register_post_accumulate_grad_hook(lambda own: own.grad[: model.config.code_start_id].zero_())
 
 
 def _part(name: str) -> str:

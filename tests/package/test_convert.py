@@ -1,0 +1,360 @@
+"""`nextflow-hf convert`: published files as checkpoints of ours."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from small_models import small_config
+from tokenflow_models import TINY_LM, TINY_PAD, TINY_TOKENIZER, golden, tiny_t2i, tiny_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Siglip2Config,
+    Siglip2Model,
+    pipeline,
+)
+
+from nextflow_hf import NextFlowForConditionalGeneration, NextFlowVQModel, convert, weight_files
+from nextflow_hf.cli import main
+from nextflow_hf.modeling import convert_tokenflow
+from nextflow_hf.processing.tokenization_nextflow import train_tokenizer
+from nextflow_hf.weight_files import WeightFiles, whole_folder, write_shards
+
+
+@pytest.fixture(autouse=True)
+def _tiny_variant(monkeypatch):
+    monkeypatch.setitem(convert_tokenflow.TOKENIZERS, "clipb_256", TINY_TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """TokenFlow's tokenizer and model as they are published, but tiny."""
+    folder = tmp_path_factory.mktemp("published")
+    weights, _ = golden("tokenflow_tokenizer")
+    weights["quantize.codebook_used"] = torch.zeros(131072)
+    torch.save({"ema": weights, "model": {}, "steps": 7}, folder / "tokenizer.pt")
+    t2i = folder / "t2i"
+    t2i.mkdir()
+    weights, _ = golden("tokenflow_t2i")
+    names = sorted(weights)
+    index = {}
+    for number, part in enumerate((names[:10], names[10:])):
+        save_file({name: weights[name] for name in part}, t2i / f"model-{number}.safetensors")
+        index |= dict.fromkeys(part, f"model-{number}.safetensors")
+    (t2i / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (t2i / "config.json").write_text(json.dumps({"model_type": "llava_llama", **TINY_LM}))
+    llama_like_tokenizer().save_pretrained(t2i)
+    return folder
+
+
+def llama_like_tokenizer(codes: int = 128) -> PreTrainedTokenizerFast:
+    """Words up to id 63, [PAD], and a token for every code; <img> is three plain tokens."""
+    words = ["a", "red", "blue", "circle", "square", *(f"word{number}" for number in range(52))]
+    vocabulary = ["<unk>", "<s>", "</s>", *words, "<", "img", ">", "/"]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    fast.add_special_tokens({"pad_token": "[PAD]"})
+    fast.add_tokens([f"<vq_token_{code}>" for code in range(codes)])
+    return fast
+
+
+def contents(folder) -> set[str]:
+    return {own.name for own in folder.iterdir()} if folder.exists() else set()
+
+
+# ---- TokenFlow -------------------------------------------------------------------------------------------------------
+
+
+def test_tokenizer_is_converted_from_the_published_kind_of_file(published, tmp_path, capsys):
+    source, target = str(published / "tokenizer.pt"), tmp_path / "tokenizer"
+    assert main(["convert", "tokenflow-tokenizer", source, str(target), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "1 weights quantize.codebook_used* are left out: a log of training." in said and "NextFlowVQModel" in said
+    assert contents(tmp_path) == set()
+    assert main(["convert", "tokenflow-tokenizer", source, str(target)]) == 0
+    converted, direct = NextFlowVQModel.from_pretrained(target), tiny_tokenizer()
+    for name, own in direct.state_dict().items():
+        assert torch.equal(converted.state_dict()[name], own), name
+    assert "MIT" in (target / "README.md").read_text()
+    assert contents(tmp_path) == {"tokenizer"}
+    assert main(["convert", "tokenflow-tokenizer", source, str(target)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_text_to_image_model_is_converted_and_draws_through_the_pipeline(published, tmp_path):
+    target = tmp_path / "t2i"
+    arguments = ["convert", "tokenflow-t2i", str(published / "t2i"), str(target)]
+    assert main([*arguments, "--tokenizer", str(published / "tokenizer.pt")]) == 0
+    model = AutoModelForMultimodalLM.from_pretrained(target).eval()
+    direct = tiny_t2i()
+    for name, own in direct.state_dict().items():
+        assert torch.equal(model.state_dict()[name], own), name
+    assert model.config.code_start_id == 65 and model.config.image_start_ids == [60, 61, 62]
+    assert model.generation_config.image_guidance_scale == 7.5
+
+    model.config.prompt_length = 12
+    processor = AutoProcessor.from_pretrained(target)
+    inputs = processor(["a red circle", "a square"])
+    assert inputs["input_ids"].tolist() == [[1, 3, 4, 6, 60, 61, 62], [TINY_PAD, 1, 3, 7, 60, 61, 62]]
+    drawn = model.generate(**inputs, seed=3)
+    draw = pipeline("text-to-image", model=model, processor=processor)
+    picture = draw("a red circle", seed=3)
+    assert picture.size == (256, 256)
+    levels = [np.asarray(own).astype(int) for own in (picture, processor.post_process_multimodal_output(drawn)[0])]
+    assert abs(levels[0] - levels[1]).max() <= 1
+    away = draw("a red circle", negative_prompt="blue", seed=3)
+    assert away.tobytes() != picture.tobytes()
+    with pytest.raises(ValueError, match="takes 128"):
+        processor("a " * 200)
+    with pytest.raises(ValueError, match="one user's turn"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "image", "image": picture}]}])
+
+
+def test_converted_model_draws_from_the_command_line(published, tmp_path):
+    target = tmp_path / "t2i"
+    tokenizer = str(published / "tokenizer.pt")
+    assert main(["convert", "tokenflow-t2i", str(published / "t2i"), str(target), "--tokenizer", tokenizer]) == 0
+    arguments = ["--checkpoint", str(target), "--output", str(tmp_path / "pictures"), "--negative-prompt", "blue"]
+    # The tiny model's learned positions end where its own prompts do, so this is about the way there.
+    assert main(["generate", "a red circle", *arguments, "--top-k", "1"]) == 0
+    assert contents(tmp_path / "pictures") == {"0000.png"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer": 100}, "side by side for the 128 codes"),
+        ({"config": {"rope_scaling": {"type": "linear", "factor": 2}}}, "scales its rotary positions"),
+        ({"config": {"num_attention_heads": None}}, "num_attention_heads"),
+        ({"drop": "model.lvl_embed.weight"}, "1 weights are missing: model.lvl_embed.weight"),
+        ({"add": "model.other.weight"}, "1 weights are not known: model.other.weight"),
+        ({"reshape": "model.norm.weight"}, "1 weights have another shape: model.norm.weight"),
+        ({"lose": True}, "names \\['model-1.safetensors'\\], which are not in"),
+    ],
+)
+def test_what_does_not_fit_is_named_before_anything_is_written(published, tmp_path, capsys, change, message):
+    source = tmp_path / "source"
+    shutil.copytree(published / "t2i", source)
+    weights, _ = golden("tokenflow_t2i")
+    if "tokenizer" in change:
+        llama_like_tokenizer(change["tokenizer"]).save_pretrained(source)
+    if "config" in change:
+        own = {"model_type": "llava_llama", **TINY_LM, **change["config"]}
+        own = {name: value for name, value in own.items() if value is not None}
+        (source / "config.json").write_text(json.dumps(own))
+    if {"drop", "add", "reshape"} & set(change):
+        weights.pop(change.get("drop"), None)
+        if "add" in change:
+            weights[change["add"]] = torch.zeros(3)
+        if "reshape" in change:
+            weights[change["reshape"]] = torch.zeros(3)
+        for file in source.glob("model*"):
+            file.unlink()
+        save_file(weights, source / "model.safetensors")
+    if "lose" in change:
+        (source / "model-1.safetensors").unlink()
+    target = str(tmp_path / "target")
+    tokenizer = str(published / "tokenizer.pt")
+    assert main(["convert", "tokenflow-t2i", str(source), target, "--tokenizer", tokenizer]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert contents(tmp_path) == {"source"}
+
+
+class Malice:
+    """Runs a command where it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+def test_broken_and_hostile_files_are_refused(published, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole = (published / "tokenizer.pt").read_bytes()
+    (tmp_path / "short.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "code.pt").write_bytes(pickle.dumps({"model": {"weight": Malice()}}))
+    torch.save({"model": Malice()}, tmp_path / "code2.pt")
+    (tmp_path / "short.safetensors").write_bytes(
+        (published / "t2i" / "model-0.safetensors").read_bytes()[:-1000],
+    )
+    (tmp_path / "text.pt").write_text("not weights")
+    torch.save([1, 2], tmp_path / "list.pt")
+    before = contents(tmp_path)
+    for name, message in (
+        ("short.pt", "cut off"),
+        ("code.pt", "could run code"),
+        ("code2.pt", "could run code"),
+        ("short.safetensors", "cut off"),
+        ("text.pt", "short|cut off|could run code"),
+        ("list.pt", "no weights by name"),
+        ("absent.pt", "no file or folder"),
+        ("owner/name", "could not be downloaded"),
+    ):
+        assert main(["convert", "tokenflow-tokenizer", name, "target"]) == 2
+        said = capsys.readouterr().err
+        assert any(part in said for part in message.split("|")), (name, said)
+    assert contents(tmp_path) == before
+    assert main(["convert", "tokenflow-tokenizer", "a/b", "target", "--variant", "clipb_224"]) == 2
+    assert "No file of clipb_224 was published" in capsys.readouterr().err
+    source = str(published / "tokenizer.pt")
+    assert main(["convert", "tokenflow-tokenizer", source, "target", "--variant", "siglip_384"]) == 2
+    assert "its weights are those of clipb_256" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing(published, tmp_path, capsys, monkeypatch):
+    arguments = ["convert", "tokenflow-tokenizer", str(published / "tokenizer.pt"), str(tmp_path / "target")]
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(weight_files.shutil, "disk_usage", lambda path: usage)
+        assert main(arguments) == 2
+    assert "are free in" in capsys.readouterr().err and contents(tmp_path) == set()
+
+    written = []
+
+    def save(tensors, path, metadata):
+        if written:
+            raise OSError(28, "No space left on device")
+        written.append(save_file(tensors, path, metadata=metadata))
+
+    monkeypatch.setattr(weight_files, "save_file", save)
+    monkeypatch.setattr(weight_files.write_shards, "__defaults__", (200_000,))
+    assert main(arguments) == 2
+    assert written and "No space left" in capsys.readouterr().err
+    assert contents(tmp_path) == set()
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_conversion_goes_on_where_it_was(tmp_path):
+    tensors = {f"weight{number}": torch.full((100,), float(number)) for number in range(10)}
+    target, made = tmp_path / "target", []
+
+    class Killed(BaseException):
+        pass
+
+    def make(skip, until=None):
+        for number, (name, own) in enumerate(tensors.items()):
+            if name not in skip:
+                if number == until:
+                    raise Killed
+                made.append(name)
+                yield name, own
+
+    with pytest.raises(Killed), whole_folder(target, "plan", 0) as folder:
+        write_shards(folder, lambda skip: make(skip, 7), tensors, max_bytes=1000)
+    assert not target.exists()
+    made.clear()
+    with whole_folder(target, "plan", 0) as folder:
+        write_shards(folder, make, tensors, max_bytes=1000)
+    assert made == [f"weight{number}" for number in range(6, 10)]
+    files = WeightFiles(target)
+    assert set(files.shapes()) == set(tensors)
+    assert all(torch.equal(files.load(name), own) for name, own in tensors.items())
+    assert contents(tmp_path) == {"target"}
+    assert "model.safetensors.index.json" in contents(target) and "plan.txt" not in contents(target)
+
+
+def test_another_plan_begins_anew(tmp_path):
+    unfinished = tmp_path / "target.unfinished"
+    unfinished.mkdir()
+    (unfinished / "plan.txt").write_text("another")
+    (unfinished / "model-00001.safetensors").write_bytes(b"old")
+    with whole_folder(tmp_path / "target", "plan", 0) as folder:
+        assert contents(folder) == {"plan.txt"}
+
+
+# ---- Qwen2.5-VL ------------------------------------------------------------------------------------------------------
+
+
+def tiny_qwen(folder, tied: bool = False):
+    """A Qwen2.5-VL with every part, in several shards, with its tokenizer."""
+    text = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    torch.manual_seed(0)
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    config.text_config.tie_word_embeddings = tied
+    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    model.save_pretrained(folder, max_shard_size="40KB")
+    train_tokenizer(["a red circle", "a blue square"], 290).save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def image_tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vq")
+    torch.manual_seed(1)
+    NextFlowVQModel(small_config().vq_config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_qwen_keeps_its_language_model(tmp_path, image_tokenizer, tied):
+    source, target = tmp_path / "qwen", tmp_path / "start"
+    qwen = tiny_qwen(source, tied)
+    assert len(list(source.glob("*.safetensors"))) > 1
+    arguments = ["convert", "qwen2.5-vl", str(source), str(target), "--tokenizer", str(image_tokenizer)]
+    assert main(arguments) == 0
+    model = NextFlowForConditionalGeneration.from_pretrained(target).eval()
+    ids = torch.randint(10, 290, (2, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        ours, theirs = model(ids, attention_mask=mask).logits, qwen(ids, attention_mask=mask).logits
+    torch.testing.assert_close(ours[mask > 0][:, :300], theirs[mask > 0], atol=1e-5, rtol=0)
+    new = model.get_output_embeddings().weight[300:]
+    old = qwen.get_output_embeddings().weight
+    torch.testing.assert_close(new, old.mean(dim=0).expand(32, -1), atol=1e-6, rtol=0)
+    vq_model = NextFlowVQModel.from_pretrained(image_tokenizer)
+    assert model.config.codebook_fingerprint == vq_model.fingerprint() == model.vq_model.fingerprint()
+    again = tmp_path / "again"
+    assert main([*arguments[:3], str(again), *arguments[4:]]) == 0
+    for file in target.glob("*.safetensors"):
+        assert file.read_bytes() == (again / file.name).read_bytes()
+
+
+def test_a_new_image_tokenizer_begins_with_a_siglip2(tmp_path):
+    config = small_config().vq_config
+    vision = {**config.vision_config.to_dict(), "vision_use_head": True}
+    text = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    siglip = Siglip2Model(Siglip2Config(vision_config=vision, text_config={**text, "num_attention_heads": 2}))
+    siglip.save_pretrained(tmp_path / "siglip")
+    model = convert.with_semantic_encoder(config, WeightFiles(tmp_path / "siglip"))
+    for name, own in model.semantic_encoder.state_dict().items():
+        assert torch.equal(own, siglip.vision_model.state_dict()[name]), name
+
+
+def test_what_cannot_be_a_start_is_refused(tmp_path, image_tokenizer, capsys):
+    tiny_qwen(tmp_path / "qwen")
+    source, target = str(tmp_path / "qwen"), str(tmp_path / "start")
+    both = ["--tokenizer", str(image_tokenizer), "--semantic-encoder", "x/y"]
+    for arguments, message in (
+        ([source, target, *both], "not both"),
+        ([str(image_tokenizer), target, "--tokenizer", str(image_tokenizer)], "not a Qwen2.5-VL"),
+        ([source, target, "--tokenizer", source], "not an image tokenizer"),
+        ([source, target, "--semantic-encoder", source], "is no SigLIP2"),
+    ):
+        assert main(["convert", "qwen2.5-vl", *arguments]) == 2
+        said = capsys.readouterr().err
+        assert any(part in said for part in message.split("|")), said
+    assert contents(tmp_path) == {"qwen"}
