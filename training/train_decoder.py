@@ -306,7 +306,11 @@ def _freeze_text_rows(model: NextFlowForConditionalGeneration, recipe: Recipe) -
     found = [name for name, holds in conflicts.items() if holds]
     if found:
         raise ValueError(f"`head_rows: codes` does not go with {' and '.join(found)}.")
-    head.register_post_accumulate_grad_hook(lambda own: own.grad[: model.config.code_start_id].zero_())
+
+    def forget_text(own: torch.Tensor) -> None:
+        own.grad[: model.config.code_start_id] = 0
+
+    head.register_post_accumulate_grad_hook(forget_text)
 
 
 def _part(name: str) -> str:

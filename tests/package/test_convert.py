@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from qwen_models import tiny_qwen
 from safetensors.torch import save_file
 from small_models import small_config
 from tokenflow_models import TINY_LM, TINY_PAD, TINY_TOKENIZER, golden, tiny_t2i, tiny_tokenizer
@@ -17,8 +18,6 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
     PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     Siglip2Config,
     Siglip2Model,
     pipeline,
@@ -27,7 +26,6 @@ from transformers import (
 from nextflow_hf import NextFlowForConditionalGeneration, NextFlowVQModel, convert, weight_files
 from nextflow_hf.cli import main
 from nextflow_hf.modeling import convert_tokenflow
-from nextflow_hf.processing.tokenization_nextflow import train_tokenizer
 from nextflow_hf.weight_files import WeightFiles, whole_folder, write_shards
 
 
@@ -276,28 +274,6 @@ def test_another_plan_begins_anew(tmp_path):
 
 
 # ---- Qwen2.5-VL ------------------------------------------------------------------------------------------------------
-
-
-def tiny_qwen(folder, tied: bool = False):
-    """A Qwen2.5-VL with every part, in several shards, with its tokenizer."""
-    text = {
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
-    }
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
-    torch.manual_seed(0)
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
-    config.text_config.tie_word_embeddings = tied
-    model = Qwen2_5_VLForConditionalGeneration(config).eval()
-    model.save_pretrained(folder, max_shard_size="40KB")
-    train_tokenizer(["a red circle", "a blue square"], 290).save_pretrained(folder)
-    return model
 
 
 @pytest.fixture(scope="module")
