@@ -293,6 +293,7 @@ def plan_qwen2_5_vl(
         **{f"{name}_id": getattr(text_tokenizer, f"{name}_id") for name in ("boi_token", "eoi_token", "image_token")},
     )
     config.codebook_fingerprint = vq_model.fingerprint()
+    config.abilities = ["text"]
     config.dtype = files.dtype(next(name for name in files.shapes() if name.endswith("embed_tokens.weight")))
     rules = qwen.language_model_rules(config, files.shapes())
     with torch.device("meta"):
@@ -307,6 +308,8 @@ def plan_qwen2_5_vl(
         from .training.train_decoder import processor_for
 
         processor_for(config, text_tokenizer).save_pretrained(folder)
+        if (path / "generation_config.json").is_file():
+            GenerationConfig.from_pretrained(path).save_pretrained(folder)
 
     image_tokenizer = tokenizer or f"a new one that begins with {semantic_encoder or SIGLIP2}"
     return Plan(

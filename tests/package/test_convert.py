@@ -15,6 +15,7 @@ from small_models import small_config
 from tokenflow_models import TINY_LM, TINY_PAD, TINY_TOKENIZER, golden, tiny_t2i, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AutoConfig,
     AutoModelForMultimodalLM,
     AutoProcessor,
     PreTrainedTokenizerFast,
@@ -23,9 +24,10 @@ from transformers import (
     pipeline,
 )
 
-from nextflow_hf import NextFlowForConditionalGeneration, NextFlowVQModel, convert, weight_files
+from nextflow_hf import NextFlowConfig, NextFlowForConditionalGeneration, NextFlowVQModel, convert, weight_files
 from nextflow_hf.cli import main
 from nextflow_hf.modeling import convert_tokenflow
+from nextflow_hf.modeling.convert_qwen2_5_vl import start_config
 from nextflow_hf.weight_files import WeightFiles, whole_folder, write_shards
 
 
@@ -303,6 +305,9 @@ def test_qwen_keeps_its_language_model(tmp_path, image_tokenizer, tied):
     torch.testing.assert_close(new, old.mean(dim=0).expand(32, -1), atol=1e-6, rtol=0)
     vq_model = NextFlowVQModel.from_pretrained(image_tokenizer)
     assert model.config.codebook_fingerprint == vq_model.fingerprint() == model.vq_model.fingerprint()
+    assert model.config.abilities == ["text"]
+    with pytest.raises(ValueError, match="not trained for 'image'"):
+        model.generate(ids, generation_mode="image")
     again = tmp_path / "again"
     assert main([*arguments[:3], str(again), *arguments[4:]]) == 0
     for file in target.glob("*.safetensors"):
@@ -334,3 +339,43 @@ def test_what_cannot_be_a_start_is_refused(tmp_path, image_tokenizer, capsys):
         said = capsys.readouterr().err
         assert any(part in said for part in message.split("|")), said
     assert contents(tmp_path) == {"qwen"}
+
+
+def test_the_published_7b_configuration_becomes_the_preset(tmp_path):
+    """Qwen2.5-VL-7B's config.json is written in the flat way of older versions."""
+    published = {
+        "model_type": "qwen2_5_vl",
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 128000,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "sliding_window": 32768,
+        "max_window_layers": 28,
+        "torch_dtype": "bfloat16",
+        "vision_config": {"depth": 32, "hidden_size": 1280, "out_hidden_size": 3584},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    source, preset = AutoConfig.from_pretrained(tmp_path), NextFlowConfig()
+    own = start_config(
+        source.text_config,
+        preset.vq_config,
+        source.tie_word_embeddings,
+        boi_token_id=151652,
+        eoi_token_id=151653,
+        image_token_id=151655,
+    )
+    for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "rms_norm_eps", "vocab_size", "layer_types"):
+        assert getattr(own.text_config, name) == getattr(preset.text_config, name), name
+    rope = {name: own.text_config.rope_parameters[name] for name in ("rope_theta", "mrope_section", "rope_type")}
+    assert rope == {name: preset.text_config.rope_parameters[name] for name in rope}
+    assert (own.code_start_id, own.tie_word_embeddings) == (preset.code_start_id, preset.tie_word_embeddings)
+    with pytest.raises(ValueError, match="boi_token_id"):
+        start_config(source.text_config, preset.vq_config, False, boi_token_id=152064)
