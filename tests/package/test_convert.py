@@ -5,6 +5,9 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -379,3 +382,31 @@ def test_the_published_7b_configuration_becomes_the_preset(tmp_path):
     assert (own.code_start_id, own.tie_word_embeddings) == (preset.code_start_id, preset.tie_word_embeddings)
     with pytest.raises(ValueError, match="boi_token_id"):
         start_config(source.text_config, preset.vq_config, False, boi_token_id=152064)
+
+
+def test_a_converted_model_draws_where_the_package_is_not_installed(published, tmp_path):
+    target = tmp_path / "t2i"
+    tokenizer = str(published / "tokenizer.pt")
+    assert main(["convert", "tokenflow-t2i", str(published / "t2i"), str(target), "--tokenizer", tokenizer]) == 0
+    settings = "seed=3, guidance_scale=2.0, top_k=1"
+    script = textwrap.dedent(
+        f"""
+        import json, sys, torch
+        sys.modules["nextflow_hf"] = None
+        from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+        torch.set_num_threads(1)
+        model = AutoModelForMultimodalLM.from_pretrained({str(target)!r}, trust_remote_code=True).eval()
+        processor = AutoProcessor.from_pretrained({str(target)!r}, trust_remote_code=True)
+        output = model.generate(**processor("a red circle"), {settings})
+        print(json.dumps(output.codes[0].tolist()))
+        """
+    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    model, processor = AutoModelForMultimodalLM.from_pretrained(target).eval(), AutoProcessor.from_pretrained(target)
+    expected = model.generate(**processor("a red circle"), seed=3, guidance_scale=2.0, top_k=1)
+    assert json.loads(run.stdout.strip().splitlines()[-1]) == expected.codes[0].tolist()
