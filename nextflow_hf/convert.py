@@ -4,6 +4,7 @@ Each conversion reads as the same steps: find the files, make the configuration,
 say what will be done, and write a folder that is whole or absent.
 """
 
+import importlib.util
 import itertools
 import json
 from collections.abc import Callable, Iterator, Set
@@ -188,7 +189,7 @@ def plan_tokenflow_t2i(source: str, tokenizer: str = TOKENFLOW_TOKENIZERS) -> Pl
     path = fetch(source, (*_CONFIG_FILES, "*.safetensors", "*.bin"))
     files, own_config = WeightFiles(path), _read_config(path)
     shapes = files.shapes()
-    text_tokenizer = AutoTokenizer.from_pretrained(path)
+    text_tokenizer = _llama_tokenizer(path)
     vq_model = load_tokenizer(tokenizer)
     token_ids = _code_tokens(text_tokenizer, vq_model.config.codebook_size)
     config = tokenflow.t2i_config(shapes, own_config, vq_model.config, **token_ids)
@@ -234,6 +235,28 @@ def plan_tokenflow_t2i(source: str, tokenizer: str = TOKENFLOW_TOKENIZERS) -> Pl
         ),
         save,
     )
+
+
+def _llama_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The text tokenizer of a folder, from Llama 2's own kind of file where there is no other.
+
+    Raises:
+        ImportError: If that cannot be read without a package that is not installed.
+    """
+    if not (path / "tokenizer.json").is_file():
+        absent = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
+        if absent:
+            raise ImportError(
+                f'The text tokenizer {path / "tokenizer.model"} needs {absent}: pip install "nextflow-hf[convert]".'
+            )
+    return AutoTokenizer.from_pretrained(path)
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _code_tokens(tokenizer: PreTrainedTokenizerBase, codes: int) -> dict:

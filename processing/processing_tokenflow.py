@@ -40,7 +40,8 @@ class TokenFlowProcessor(ProcessorMixin):
         for index, own in enumerate(prompts):
             if not own.strip():
                 raise ValueError(f"Prompt {index} is empty: say what to draw.")
-            tokens = self.tokenizer(own).input_ids
+            # Whether a Llama tokenizer begins with <s> by itself depends on its file.
+            tokens = [self.tokenizer.bos_token_id, *self.tokenizer(own, add_special_tokens=False).input_ids]
             if len(tokens) > self.prompt_length:
                 raise ValueError(
                     f"Prompt {index} has {len(tokens)} tokens, and the model takes {self.prompt_length}; shorten it."

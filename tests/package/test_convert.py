@@ -237,6 +237,56 @@ def test_a_full_disk_leaves_nothing(published, tmp_path, capsys, monkeypatch):
     assert contents(tmp_path) == set()
 
 
+def test_the_text_tokenizer_may_be_as_llama_s(published, tmp_path, capsys, monkeypatch):
+    """The published folder has a `tokenizer.model`, which no other test reads."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    source = tmp_path / "source"
+    shutil.copytree(published / "t2i", source)
+    (source / "tokenizer.json").unlink()
+    text = iter(["a red circle and a blue square", "<img> </img>", "a lighthouse at dusk"] * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=text,
+        model_prefix=str(source / "tokenizer"),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        minloglevel=2,
+    )
+    tokens = {
+        "<unk>": 0,
+        "<s>": 1,
+        "</s>": 2,
+        "[PAD]": 300,
+        **{f"<vq_token_{code}>": 301 + code for code in range(128)},
+    }
+    added = {str(index): {"content": token, "special": True} for token, index in tokens.items()}
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "[PAD]"}
+    own = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "added_tokens_decoder": added, **names}
+    (source / "tokenizer_config.json").write_text(json.dumps(own))
+    weights, _ = golden("tokenflow_t2i")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 0, 429 - 193))
+    for file in source.glob("model*"):
+        file.unlink()
+    save_file(weights, source / "model.safetensors")
+    arguments = ["convert", "tokenflow-t2i", str(source), str(tmp_path / "t2i")]
+    arguments += ["--tokenizer", str(published / "tokenizer.pt")]
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "_is_installed", lambda name: name != "sentencepiece")
+        assert main(arguments) == 2
+    assert "nextflow-hf[convert]" in capsys.readouterr().err
+    assert main(arguments) == 0
+    processor = AutoProcessor.from_pretrained(tmp_path / "t2i")
+    opening = processor.tokenizer.convert_ids_to_tokens(processor.image_start_ids)
+    assert "".join(opening).replace("▁", "") == "<img>"
+    (ids,) = processor("a red circle")["input_ids"].tolist()
+    assert ids[0] == 1 and ids[-len(opening) :] == processor.image_start_ids
+    assert processor.tokenizer.decode(ids[1 : -len(opening)]).strip() == "a red circle"
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
