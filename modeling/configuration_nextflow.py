@@ -159,7 +159,8 @@ class NextFlowVQConfig(PreTrainedConfig):
     @property
     def image_size(self) -> int | None:
         """Side in pixels of the only pictures that the semantic encoder takes; `None` where it takes any size."""
-        return getattr(self.vision_config, "image_size", None)
+        takes_any = self.vision_config.model_type == Siglip2VisionConfig.model_type
+        return None if takes_any else self.vision_config.image_size
 
     @property
     def code_dim(self) -> int:

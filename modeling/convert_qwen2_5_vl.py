@@ -65,8 +65,12 @@ def language_model_rules(config: NextFlowConfig, shapes: Shapes) -> list[Rule]:
     prefix = next((own for own in reversed(_PREFIXES) if f"{own}embed_tokens.weight" in shapes), _PREFIXES[0])
 
     def grow(table: torch.Tensor) -> torch.Tensor:
-        mean = table.mean(dim=0, dtype=torch.float32).to(table.dtype)
-        return torch.cat([table, mean.expand(codes, -1)])
+        grown = torch.empty(len(table) + codes, table.shape[1], dtype=table.dtype, device=table.device)
+        grown[: len(table)] = table
+        # In chunks: the table is the largest weight, and a copy in float32 would be twice as large.
+        total = sum(rows.sum(dim=0, dtype=torch.float32) for rows in table.split(8192))
+        grown[len(table) :] = (total / len(table)).to(table.dtype)
+        return grown
 
     target = "model.language_model."
     rules = [

@@ -357,6 +357,10 @@ class NextScaleGenerationMixin(GenerationMixin):
             guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p
         )
         passes = self._check_resampling(resampling, sampling, cache_implementation)
+        if passes and mask is not None:
+            raise ValueError("Give a `mask` or `resampling`, not both.")
+        if negative_prompt_ids is not None and sampling.guidance_scale == 0:
+            raise ValueError("A negative prompt needs guidance to lead away from it; give `guidance_scale` above 0.")
         generators = _row_generators(seed, generator, batch)
         if cache_implementation not in ("dynamic", "static"):
             raise ValueError(f'`cache_implementation` must be "dynamic" or "static", got {cache_implementation!r}.')
@@ -473,8 +477,9 @@ class NextScaleGenerationMixin(GenerationMixin):
                     embeds = torch.cat([before, block], dim=1)
                     hidden = self._pass(embeds, positions, *seen)[:, -block.shape[1] :]
             # 3. Scores of the codes alone, guided, and one draw per slot from the picture's own generator.
+            scores = self._code_scores(hidden)
             fixed = (generators, scales, kept, prefix_codes)
-            drawn, own_log_probs = self._draw_scale(hidden, grids, scale, passes[0], *fixed)
+            drawn = self._draw_scale(scores, grids, scale, passes[0], *fixed)
             # 4. Where asked for, draw the scale anew, fed with itself. Finer scales never see these passes.
             for sampling in passes[1:] if scale > 0 else ():
                 block, _ = self._block(scales, grids, scale, num_scales, drawn)
@@ -482,10 +487,11 @@ class NextScaleGenerationMixin(GenerationMixin):
                     hidden = self._pass_again(block, own_positions, *seen)
                 else:
                     hidden = self._pass(torch.cat([before, block], dim=1), positions, *seen)[:, -block.shape[1] :]
-                drawn, own_log_probs = self._draw_scale(hidden, grids, scale, sampling, *fixed)
+                drawn = self._draw_scale(self._code_scores(hidden), grids, scale, sampling, *fixed)
             for row, codes in drawn.items():
                 scales[row].append(codes)
-                log_probs[row].append(own_log_probs[row])
+                own_scores = scores[row, : len(codes)].log_softmax(dim=-1)
+                log_probs[row].append(own_scores.gather(-1, codes[:, None])[:, 0])
             # 5. Tell who watches.
             if callback is not None or streamer is not None:
                 step = ScaleStep(
@@ -504,30 +510,27 @@ class NextScaleGenerationMixin(GenerationMixin):
         return [torch.cat(own) for own in scales], [torch.cat(own) for own in log_probs]
 
     def _draw_scale(
-        self, hidden, grids, scale, sampling, generators, scales, kept, prefix_codes
-    ) -> tuple[dict[int, torch.LongTensor], dict[int, torch.Tensor]]:
-        """Codes of one scale and their log-probabilities, by row; rows whose picture is finished have none."""
-        batch = len(grids)
-        scores = self._code_scores(hidden)
-        codes, log_probs = {}, {}
+        self, scores, grids, scale, sampling, generators, scales, kept, prefix_codes
+    ) -> dict[int, torch.LongTensor]:
+        """Codes of one scale by row; rows whose picture is finished have none."""
+        batch, codes = len(grids), {}
         for row in range(batch):
             if scale >= len(grids[row]):
                 continue
             slots = grids[row][scale][0] * grids[row][scale][1]
-            conditional = guided = scores[row, :slots]
+            guided = scores[row, :slots]
             if len(scores) > batch:
                 strength = ramp(sampling.guidance_scale, scale, len(grids[row]))
-                guided = (1 + strength) * conditional - strength * scores[batch + row, :slots]
+                guided = (1 + strength) * guided - strength * scores[batch + row, :slots]
             uniforms = torch.rand(slots, generator=generators[row], dtype=torch.float64)
-            drawn = sample_codes(guided, uniforms.to(hidden.device), sampling.at(scale))
+            drawn = sample_codes(guided, uniforms.to(scores.device), sampling.at(scale))
             if kept is not None:
                 drawn = kept[row].constrain(drawn, scale)
             first = sum(len(own) for own in scales[row])
             if prefix_codes is not None and first < prefix_codes.shape[1]:
                 drawn = prefix_codes[row, first : first + slots]
             codes[row] = drawn
-            log_probs[row] = conditional.log_softmax(dim=-1).gather(-1, drawn[:, None])[:, 0]
-        return codes, log_probs
+        return codes
 
     def _open(self, prompts, image_codes, context_grids, grids):
         """Embeddings, positions, mask and blocks of the prompts, all branches in one batch."""
@@ -769,7 +772,9 @@ class NextScaleGenerationMixin(GenerationMixin):
         if cache_implementation == "static":
             raise ValueError('`resampling` needs a cache that can be cropped; leave `cache_implementation` "dynamic".')
         known = {"temperature", "top_k", "top_p"}
-        if not all(isinstance(own, dict) and set(own) <= known for own in resampling):
+        if not isinstance(resampling, (list, tuple)) or not all(
+            isinstance(own, dict) and set(own) <= known for own in resampling
+        ):
             raise ValueError(f"`resampling` is a list of dicts of {sorted(known)}, one a pass; got {resampling}.")
         plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         return [ImageSampling(sampling.guidance_scale, **{**plain, **own}) for own in resampling]

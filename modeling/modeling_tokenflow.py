@@ -88,7 +88,8 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
         # Row 0 is text's, row k + 1 the slots' of scale k (from 0); row 1 is never used.
         self.level_embedding = nn.Embedding(config.schedule.num_scales + 1, width)
         self.position_embedding = nn.Embedding(config.num_codes, width)
-        self.vq_model = NextFlowVQModel._from_config(config.vq_config)
+        # The codes are given: fine-tuning the decoder must leave them what it was trained with.
+        self.vq_model = NextFlowVQModel._from_config(config.vq_config).requires_grad_(False)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -269,6 +270,12 @@ class TokenFlowForImageGeneration(OwnsImageTokenizer, TokenFlowPreTrainedModel, 
         self, inputs: torch.Tensor | None = None, generation_mode: str | None = "image", **kwargs
     ) -> NextFlowImageOutput:
         """Draw a picture for every prompt; see the class."""
+        if generation_mode != "image":
+            raise ValueError(
+                f'This model draws pictures alone; `generation_mode` must be "image", got {generation_mode!r}.'
+            )
+        if kwargs.get("mask") is not None:
+            raise ValueError("This model takes no pictures, so there is nothing to edit within a `mask`.")
         return super().generate(inputs, generation_mode=generation_mode, **kwargs)
 
     # ---- what the generation routine asks ----------------------------------------------------------------------------
@@ -287,7 +294,10 @@ class TokenFlowForImageGeneration(OwnsImageTokenizer, TokenFlowPreTrainedModel, 
     def _end_prompts(self, input_ids, attention_mask):
         """End each row with `<img>`, and pad it on the left to the one length of prompts."""
         opening = input_ids.new_tensor(self.config.image_start_ids)
-        if input_ids.shape[1] <= len(opening) or not bool((input_ids[:, -len(opening) :] == opening).all()):
+        is_open = (input_ids[:, -len(opening) :] == opening).all(dim=1) & (input_ids.shape[1] >= len(opening))
+        if bool(is_open.any()) and not bool(is_open.all()):
+            raise ValueError("Either all prompts of a batch end with <img>, or none.")
+        if not bool(is_open.all()):
             input_ids = torch.cat([input_ids, opening.expand(len(input_ids), -1)], dim=1)
             attention_mask = F.pad(attention_mask, (0, len(opening)), value=1)
         # Padding may be longer than one prompt of a batch needs.

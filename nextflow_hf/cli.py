@@ -7,6 +7,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+
 from .files import save_picture, write_whole
 from .harness.command import add_benchmark_parser, refuse_benchmark_options, run_benchmark
 from .harness.formats import BENCHMARKS
@@ -21,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         print(f"nextflow-hf {args.command}: {error}", file=sys.stderr)
         return 2
     return 0

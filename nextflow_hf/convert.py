@@ -4,6 +4,7 @@ Each conversion reads as the same steps: find the files, make the configuration,
 say what will be done, and write a folder that is whole or absent.
 """
 
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -12,16 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCard
 from transformers import (
     AutoConfig,
     AutoTokenizer,
     GenerationConfig,
+    LlamaTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Siglip2VisionConfig,
 )
 from transformers.dynamic_module_utils import custom_object_save
 
+from . import __version__
 from .files import write_whole
 from .modeling import convert_qwen2_5_vl as qwen
 from .modeling import convert_tokenflow as tokenflow
@@ -51,6 +55,7 @@ class Plan:
         make: Makes the weights, but for those whose names it is given.
         needed_bytes: Space that the weights take.
         lines: What is done, for people.
+        sources: What identifies the files and new weights that it is made of, to the letter.
         card: The model card.
         save: Writes what stands beside the weights into a folder.
     """
@@ -59,6 +64,7 @@ class Plan:
     make: Callable[[Set[str]], Iterator[tuple[str, torch.Tensor]]]
     needed_bytes: int
     lines: list[str]
+    sources: list[str]
     card: str
     save: Callable[[Path], None] = field(default=lambda folder: None)
 
@@ -79,7 +85,8 @@ class Plan:
         config.architectures = [type(self.model).__name__]
         tied = self.model._tied_weights_keys if getattr(config, "tie_word_embeddings", False) else {}
         names = [name for name in self.model.state_dict() if name not in tied]
-        with whole_folder(target, self.describe(), self.needed_bytes) as folder:
+        plan = "\n".join([self.describe(), f"nextflow_hf {__version__}", *self.sources])
+        with whole_folder(target, plan, self.needed_bytes) as folder:
             write_shards(folder, self.make, names)
             if self.model._auto_class is not None:
                 custom_object_save(self.model, folder, config=config)
@@ -99,11 +106,11 @@ def fetch(source: str, patterns: tuple[str, ...]) -> Path:
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ValueError(f"There is no file or folder {source}, and it is no Hub id (owner/name).")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
     try:
         return Path(snapshot_download(source, allow_patterns=list(patterns)))
-    except (HFValidationError, OSError) as error:
+    # Names that are none, repositories that are not there or closed, and every failure of a network.
+    except Exception as error:
         raise ValueError(f"{source} is no local path, and could not be downloaded from the Hub: {error}") from error
 
 
@@ -144,6 +151,7 @@ def plan_tokenflow_tokenizer(source: str, variant: str | None = None) -> Plan:
         lambda skip: apply_rules(rules, files.load, skip),
         bytes_made(rules, shapes, files.dtype),
         [f"{path} is TokenFlow's tokenizer {variant}.", *_dropped_lines(dropped, shapes)],
+        files.identity(),
         _card(
             f"TokenFlow tokenizer {variant}",
             "mit",
@@ -161,11 +169,12 @@ def plan_tokenflow_tokenizer(source: str, variant: str | None = None) -> Plan:
 
 
 def load_tokenizer(source: str) -> NextFlowVQModel:
-    """An image tokenizer in float32: a folder of ours, or one of TokenFlow's as published."""
-    if (Path(source) / "config.json").is_file():
-        config = json.loads((Path(source) / "config.json").read_text())
-        if config.get("model_type") != NextFlowVQConfig.model_type:
-            raise ValueError(f"{source} is a {config.get('model_type')!r}, not an image tokenizer.")
+    """An image tokenizer in float32: one of ours, or one of TokenFlow's as published; local or on the Hub."""
+    path = fetch(source, ("config.json",))
+    if (path / "config.json").is_file():
+        model_type = _read_config(path).get("model_type")
+        if model_type != NextFlowVQConfig.model_type:
+            raise ValueError(f"{source} is a {model_type!r}, not an image tokenizer.")
         return NextFlowVQModel.from_pretrained(source, dtype=torch.float32).eval()
     plan = plan_tokenflow_tokenizer(source)
     model = NextFlowVQModel(plan.model.config).eval()
@@ -186,16 +195,18 @@ def plan_tokenflow_t2i(source: str, tokenizer: str = TOKENFLOW_TOKENIZERS) -> Pl
     Raises:
         ValueError: If something is not there, the text tokenizer lacks a token, or the weights do not fit.
     """
-    path = fetch(source, (*_CONFIG_FILES, "*.safetensors", "*.bin"))
-    files, own_config = WeightFiles(path), _read_config(path)
-    shapes = files.shapes()
-    text_tokenizer = _llama_tokenizer(path)
+    # What is small comes first, so that a mistake there is found before the weights are downloaded.
+    path = fetch(source, _CONFIG_FILES)
+    own_config, text_tokenizer = _read_config(path), _llama_tokenizer(path)
     vq_model = load_tokenizer(tokenizer)
     token_ids = _code_tokens(text_tokenizer, vq_model.config.codebook_size)
+    files = WeightFiles(fetch(source, (*_CONFIG_FILES, "*.safetensors", "*.bin")))
+    shapes = files.shapes()
     config = tokenflow.t2i_config(shapes, own_config, vq_model.config, **token_ids)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config.text_config, name, getattr(text_tokenizer, name))
     config.codebook_fingerprint = vq_model.fingerprint()
+    config.dtype = files.dtype("model.embed_tokens.weight")
     if vq_model.config.code_dim != shapes["model.mm_projector.0.weight"][1]:
         raise ValueError(
             f"The model takes codes of width {shapes['model.mm_projector.0.weight'][1]}, the image tokenizer "
@@ -215,13 +226,14 @@ def plan_tokenflow_t2i(source: str, tokenizer: str = TOKENFLOW_TOKENIZERS) -> Pl
 
     return Plan(
         model,
-        lambda skip: itertools.chain(apply_rules(rules, files.load, skip), beside.items()),
+        lambda skip: itertools.chain(_handed_over(beside), apply_rules(rules, files.load, skip)),
         bytes_made(rules, shapes, files.dtype) + _bytes_of(beside),
         [
             f"{path} is TokenFlow's text-to-image model; its image tokenizer is {tokenizer}.",
             f"Codes begin at token {config.code_start_id}; <img> is {config.image_start_ids}.",
             *_dropped_lines(dropped, shapes),
         ],
+        [*files.identity(), _digest(beside)],
         _card(
             "TokenFlow-t2i",
             "other",
@@ -242,14 +254,22 @@ def _llama_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
     Raises:
         ImportError: If that cannot be read without a package that is not installed.
+        ValueError: If there is none, or it does not split text as Llama's does.
     """
-    if not (path / "tokenizer.json").is_file():
-        absent = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
-        if absent:
-            raise ImportError(
-                f'The text tokenizer {path / "tokenizer.model"} needs {absent}: pip install "nextflow-hf[convert]".'
-            )
-    return AutoTokenizer.from_pretrained(path)
+    if (path / "tokenizer.json").is_file():
+        return AutoTokenizer.from_pretrained(path)
+    if not (path / "tokenizer.model").is_file():
+        raise ValueError(f"There is neither a tokenizer.model nor a tokenizer.json in {path}.")
+    absent = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
+    if absent:
+        raise ImportError(
+            f'The text tokenizer {path / "tokenizer.model"} needs {absent}: pip install "nextflow-hf[convert]".'
+        )
+    tokenizer = LlamaTokenizer.from_pretrained(path)
+    words = tokenizer.convert_ids_to_tokens(tokenizer("<img>", add_special_tokens=False).input_ids)
+    if not words or not words[0].startswith("▁"):
+        raise ValueError(f"{path / 'tokenizer.model'} makes {words} of <img>; Llama's makes words that begin with ▁.")
+    return tokenizer
 
 
 def _is_installed(name: str) -> bool:
@@ -297,18 +317,19 @@ def plan_qwen2_5_vl(
     """
     if tokenizer is not None and semantic_encoder is not None:
         raise ValueError("Give an image tokenizer, or the semantic encoder of a new one, not both.")
-    path = fetch(source, (*_CONFIG_FILES, "*.safetensors"))
-    files = WeightFiles(path)
-    own_config = AutoConfig.from_pretrained(path)
-    if own_config.model_type != "qwen2_5_vl":
-        raise ValueError(f"{path} is a {own_config.model_type!r}, not a Qwen2.5-VL.")
-    text_tokenizer = qwen_tokenizer(str(path))
+    # What is small comes first, so that a mistake there is found before the weights are downloaded.
+    path = fetch(source, (*_CONFIG_FILES, "README.md"))
+    model_type = _read_config(path).get("model_type")
+    if model_type != "qwen2_5_vl":
+        raise ValueError(f"{path} is a {model_type!r}, not a Qwen2.5-VL.")
+    own_config, text_tokenizer = AutoConfig.from_pretrained(path), qwen_tokenizer(str(path))
     torch.manual_seed(seed)
     if tokenizer is not None:
         vq_model = load_tokenizer(tokenizer)
     else:
         vq_model = _new_tokenizer(semantic_encoder or SIGLIP2)
     _check_picture_size(vq_model.config)
+    files = WeightFiles(fetch(source, (*_CONFIG_FILES, "*.safetensors", "README.md")))
     config = qwen.start_config(
         own_config.text_config,
         vq_model.config,
@@ -323,9 +344,11 @@ def plan_qwen2_5_vl(
         model = NextFlowForConditionalGeneration(config)
     beside = _new_parts(config) | {f"model.vq_model.{name}": own for name, own in vq_model.state_dict().items()}
     own_shapes = {name: own for name, own in _shapes(model).items() if name not in beside}
+    dropped = qwen.DROPPED
     if config.tie_word_embeddings:
         own_shapes.pop("lm_head.weight")
-    check_rules(rules, qwen.DROPPED, files.shapes(), own_shapes)
+        dropped += (Dropped("lm_head.", "the head shares the embedding table"),)
+    check_rules(rules, dropped, files.shapes(), own_shapes)
 
     def save(folder: Path) -> None:
         from .training.train_decoder import processor_for
@@ -337,22 +360,24 @@ def plan_qwen2_5_vl(
     image_tokenizer = tokenizer or f"a new one that begins with {semantic_encoder or SIGLIP2}"
     return Plan(
         model,
-        lambda skip: itertools.chain(apply_rules(rules, files.load, skip), beside.items()),
+        lambda skip: itertools.chain(_handed_over(beside), apply_rules(rules, files.load, skip)),
         bytes_made(rules, files.shapes(), files.dtype) + _bytes_of(beside),
         [
             f"The language model of {path}; its image tokenizer is {image_tokenizer}.",
             f"Codes begin at token {config.code_start_id}; the new rows are the mean of the old ones.",
             f"New weights have the seed {seed}: connector, scale embedding"
             + ("." if tokenizer else ", and the image tokenizer but for its semantic encoder."),
-            *_dropped_lines(qwen.DROPPED, files.shapes()),
+            *_dropped_lines(dropped, files.shapes()),
         ],
+        [*files.identity(), _digest(beside)],
         _card(
             "NextFlow, not yet trained",
-            "apache-2.0",
-            f"The start of a NextFlow (arXiv 2601.02204): the language model of `{source}` (Qwen2.5-VL-7B is published "
-            f"under Apache-2.0), and as its image tokenizer {image_tokenizer} (SigLIP2 so400m: Apache-2.0; TokenFlow's "
-            "tokenizers: MIT). It answers text as Qwen does; it has not learned to draw or to look at pictures: train "
-            "it with the recipes `7b-*`, the alignment stage first.",
+            _licence_of(path),
+            f"The start of a NextFlow (arXiv 2601.02204): the language model of `{source}`, whose licence holds "
+            "(Qwen2.5-VL-7B: Apache-2.0; other sizes have others), and as its image tokenizer "
+            f"{image_tokenizer} (SigLIP2 so400m: Apache-2.0; TokenFlow's tokenizers: MIT). It answers text as Qwen "
+            "does; it has not learned to draw or to look at pictures: train it with the recipes `7b-*`, the alignment "
+            "stage first.",
             "from nextflow_hf import NextFlowForConditionalGeneration\n\n"
             'model = NextFlowForConditionalGeneration.from_pretrained("this folder")',
         ),
@@ -420,6 +445,27 @@ def _read_config(path: Path) -> dict:
 
 def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     return {name: tuple(own.shape) for name, own in model.state_dict().items()}
+
+
+def _handed_over(weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights one by one, each forgotten here when it is taken."""
+    for name in list(weights):
+        yield name, weights.pop(name)
+
+
+def _digest(weights: dict[str, torch.Tensor]) -> str:
+    """A hash of the weights' names and content."""
+    digest = hashlib.sha256()
+    for name, own in weights.items():
+        digest.update(name.encode())
+        digest.update(own.contiguous().view(torch.uint8).numpy() if own.ndim else str(own.item()).encode())
+    return digest.hexdigest()
+
+
+def _licence_of(path: Path) -> str:
+    """What the model card in a folder says; "other" where there is none."""
+    card = path / "README.md"
+    return (ModelCard.load(card).data.license if card.is_file() else None) or "other"
 
 
 def _bytes_of(weights: dict[str, torch.Tensor]) -> int:

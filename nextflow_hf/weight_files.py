@@ -1,7 +1,10 @@
 """Weights in files: read one at a time from what was published, written in shards that are whole or absent."""
 
+import argparse
+import itertools
 import json
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Set
@@ -9,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -18,7 +22,14 @@ from .files import write_whole
 
 # Where the weights stand in a file that `torch.save` wrote, the first that is there.
 _SECTIONS = ("ema", "model", "state_dict")
-MAX_SHARD_BYTES = 2 * 10**9
+MAX_SHARD_BYTES = 10**9
+# What trainers save beside weights.
+_HARMLESS = [
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")),
+    *((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
 _INDEX = "model.safetensors.index.json"
 
 
@@ -46,6 +57,11 @@ class WeightFiles:
         if not self._places:
             raise ValueError(f"There are no weights in {path}.")
 
+    def identity(self) -> list[str]:
+        """Which files these are: another file, or another content of one, is another identity."""
+        files = sorted(set(self._places.values()))
+        return [f"{own.resolve()} {own.stat().st_size} {own.stat().st_mtime_ns}" for own in files]
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every weight."""
         return self._shapes
@@ -68,7 +84,10 @@ class WeightFiles:
         if not self.path.is_dir():
             raise ValueError(f"There is neither a file nor a folder {self.path}.")
         for index in sorted(self.path.glob("*.index.json")):
-            listed = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            weight_map = json.loads(index.read_text()).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"{index} has no `weight_map`; it is no index of weights.")
+            listed = sorted(set(weight_map.values()))
             missing = [name for name in listed if not (self.path / name).is_file()]
             if missing:
                 raise ValueError(f"{index.name} names {missing}, which are not in {self.path}: download them too.")
@@ -89,14 +108,29 @@ class WeightFiles:
             raise ValueError(f"{file} is cut off, or no safetensors file: {error}. Download it again.") from error
 
     def _read_pickle(self, file: Path) -> None:
+        with open(file, "rb") as opened:
+            head = opened.read(64)
+        if head.startswith(b"version https://git-lfs"):
+            raise ValueError(f"{file} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`.")
+        is_zip = zipfile.is_zipfile(file)
+        if not is_zip and head[:1] != b"\x80":
+            raise ValueError(f"{file} is cut off, or no file of weights: it begins with {head[:16]!r}.")
         try:
-            # A memory map reads no weight before it is used; older files cannot be mapped.
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            # Tensors, and what trainers put beside them; nothing that could run. A memory map reads no weight before
+            # it is used; older files cannot be mapped.
+            with torch.serialization.safe_globals(_HARMLESS):
+                content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
         except UnpicklingError as error:
+            refused = re.search(r"GLOBAL (\S+)|global:? (\S+)", str(error))
+            if refused is None:
+                raise ValueError(
+                    f"{file} is cut off, no file of weights, or holds more than tensors; it was not read."
+                ) from error
             raise ValueError(
-                f"{file} holds more than tensors, which could run code when it is read; it was not read. {error}"
+                f"{file} holds {refused[1] or refused[2]}, which could run code when it is read; it was not read."
             ) from error
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        # A broken file can raise anything here.
+        except Exception as error:
             raise ValueError(f"{file} is cut off, or no file of weights: {error}. Download it again.") from error
         section = next((own for own in _SECTIONS if isinstance(content, dict) and own in content), None)
         tensors = content[section] if section else content
@@ -131,19 +165,26 @@ def write_shards(
     """
     places: dict[str, str] = {}
     for file in sorted(folder.glob("model-*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            places.update(dict.fromkeys(opened.keys(), file.name))
+        try:
+            with safe_open(file, framework="pt") as opened:
+                places.update(dict.fromkeys(opened.keys(), file.name))
+        except SafetensorError:
+            # Cut off by more than a kill; it is made again.
+            file.unlink()
     written = frozenset(places)
     shard: dict[str, torch.Tensor] = {}
     size = 0
 
     def flush() -> None:
-        file = folder / f"model-{len(set(places.values())) + 1:05d}.safetensors"
+        number = next(own for own in itertools.count(1) if _shard_name(own) not in places.values())
+        file = folder / _shard_name(number)
         unfinished = file.with_name(f"{file.name}.unfinished")
         try:
             save_file(shard, unfinished, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{file.name} could not be written: {error}") from error
+        with open(unfinished, "rb+") as saved:
+            os.fsync(saved.fileno())
         os.replace(unfinished, file)
         places.update(dict.fromkeys(shard, file.name))
         shard.clear()
@@ -159,26 +200,22 @@ def write_shards(
         # A view would be written with all that it is a view of.
         shard[name] = tensor.contiguous().clone() if is_view else tensor
         size += own
+        del tensor
+        if size >= max_bytes:
+            flush()
+            size = 0
     if shard:
         flush()
     missing = set(names) - set(places)
     if missing:
         raise RuntimeError(f"No weights were made for {sorted(missing)}.")
-    _name_shards(folder, places)
-
-
-def _name_shards(folder: Path, places: dict[str, str]) -> None:
-    """Give shards the names that transformers looks for, and write the index."""
-    shards = sorted(set(places.values()))
-    if len(shards) == 1:
-        os.replace(folder / shards[0], folder / "model.safetensors")
-        return
-    final = {name: name.replace(".safetensors", f"-of-{len(shards):05d}.safetensors") for name in shards}
-    total = sum((folder / name).stat().st_size for name in shards)
-    index = {"metadata": {"total_size": total}, "weight_map": {name: final[own] for name, own in places.items()}}
-    for name, own in final.items():
-        os.replace(folder / name, folder / own)
+    total = sum((folder / name).stat().st_size for name in set(places.values()))
+    index = {"metadata": {"total_size": total}, "weight_map": places}
     write_whole(folder / _INDEX, lambda file: file.write(json.dumps(index, indent=2, sort_keys=True).encode()))
+
+
+def _shard_name(number: int) -> str:
+    return f"model-{number:05d}.safetensors"
 
 
 def check_target(target: Path) -> None:
@@ -191,7 +228,8 @@ def check_target(target: Path) -> None:
 def whole_folder(target: Path, plan: str, needed_bytes: int):
     """A folder to fill under a temporary name, which becomes `target` when it is whole.
 
-    A folder that a killed run of the same plan left is gone on with. After an error nothing remains.
+    A folder that a killed run of the same plan left is gone on with; one of another plan is emptied. After an error
+    nothing remains.
 
     Args:
         target: The folder to be; it must not exist, or be empty.
@@ -199,14 +237,17 @@ def whole_folder(target: Path, plan: str, needed_bytes: int):
         needed_bytes: Space that it will take.
 
     Raises:
-        ValueError: If the target has content.
+        ValueError: If the target has content, or the temporary folder has that is no conversion's.
         OSError: If there is not enough space, or the folder cannot be written.
     """
     check_target(target)
     unfinished = target.with_name(f"{target.name}.unfinished")
     note = unfinished / "plan.txt"
-    if unfinished.exists() and not (note.is_file() and note.read_text() == plan):
-        shutil.rmtree(unfinished)
+    if unfinished.exists() and any(unfinished.iterdir()):
+        if not note.is_file():
+            raise ValueError(f"{unfinished} is in the way, and no conversion left it; move it elsewhere.")
+        if note.read_text() != plan:
+            shutil.rmtree(unfinished)
     target.parent.mkdir(parents=True, exist_ok=True)
     present = sum(own.stat().st_size for own in unfinished.glob("*")) if unfinished.exists() else 0
     free = shutil.disk_usage(unfinished.parent).free
@@ -221,10 +262,10 @@ def whole_folder(target: Path, plan: str, needed_bytes: int):
     except Exception:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    note.unlink()
     if target.exists():
         target.rmdir()
     os.replace(unfinished, target)
+    (target / note.name).unlink()
 
 
 def _safetensors_dtype(name: str) -> torch.dtype:

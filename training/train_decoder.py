@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast, TrainerCallback
 
 from ..modeling.configuration_nextflow import ABILITIES, NextFlowConfig
 from ..modeling.modeling_nextflow import NextFlowForConditionalGeneration
@@ -165,7 +165,7 @@ def train_decoder(recipe: Recipe) -> None:
     # 2. The decoder of the stage before, or a new one, and what of it is trained.
     model = _decoder_of(recipe, vq_model)
     _freeze_all_but(model, stage)
-    _freeze_text_rows(model, recipe)
+    text_rows = _text_rows(model, recipe)
     if "lora" in stage:
         from peft import LoraConfig, get_peft_model
 
@@ -194,7 +194,7 @@ def train_decoder(recipe: Recipe) -> None:
         **{f"image_{name}": value for name, value in stage.get("sampling", {}).items()},
     )
     samples = SampleGridCallback(builder, stage.get("sample_prompts", []), image_size, stage.get("sample_every", 0))
-    model = run_stage(recipe, model, dataset, collate, lambda model, batch: model(**batch), [samples])
+    model = run_stage(recipe, model, dataset, collate, lambda model, batch: model(**batch), [samples, *text_rows])
 
     # 4. The result says what it can do.
     model.config.abilities = stage.get("abilities")
@@ -289,15 +289,33 @@ def _freeze_all_but(model: NextFlowForConditionalGeneration, stage: dict) -> Non
     model.vq_model.requires_grad_(False)
 
 
-def _freeze_text_rows(model: NextFlowForConditionalGeneration, recipe: Recipe) -> None:
-    """Train the head's rows of codes alone, where the recipe says so."""
-    rows, head = recipe.stage_args.get("head_rows"), model.lm_head.weight
+class TextRowsCallback(TrainerCallback):
+    """Leaves the head's rows of text as they are: their gradients are zero before every step.
+
+    Args:
+        rows: How many there are, the first of the head.
+    """
+
+    def __init__(self, rows: int):
+        self.rows = rows
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if is_sharded(model) or args.deepspeed:
+            raise ValueError("`head_rows: codes` needs a head that is whole on every process: no FSDP, no DeepSpeed.")
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        model.get_output_embeddings().weight.grad[: self.rows] = 0
+
+
+def _text_rows(model: NextFlowForConditionalGeneration, recipe: Recipe) -> list[TrainerCallback]:
+    """What trains the head's rows of codes alone, where the recipe says so."""
+    rows = recipe.stage_args.get("head_rows")
     if rows is None:
-        return
+        return []
     if rows != "codes":
         raise ValueError(f'`head_rows` must be "codes" or left out, got {rows!r}.')
     conflicts = {
-        "a head that is not trained": not head.requires_grad,
+        "a head that is not trained": not model.lm_head.weight.requires_grad,
         "a head that shares the embedding table": model.config.tie_word_embeddings,
         "`lora`": "lora" in recipe.stage_args,
         "`fsdp_size`": "fsdp_size" in recipe.stage_args,
@@ -306,11 +324,7 @@ def _freeze_text_rows(model: NextFlowForConditionalGeneration, recipe: Recipe) -
     found = [name for name, holds in conflicts.items() if holds]
     if found:
         raise ValueError(f"`head_rows: codes` does not go with {' and '.join(found)}.")
-
-    def forget_text(own: torch.Tensor) -> None:
-        own.grad[: model.config.code_start_id] = 0
-
-    head.register_post_accumulate_grad_hook(forget_text)
+    return [TextRowsCallback(model.config.code_start_id)]
 
 
 def _part(name: str) -> str:

@@ -194,6 +194,30 @@ def test_prompts_may_come_unpadded_and_are_one_by_one_as_in_a_batch(t2i, expecte
         close(alone.images[0], together.images[row], 1e-5)
 
 
+def test_log_probabilities_are_those_of_a_teacher_forced_pass(t2i, expected):
+    """Of the codes that were kept, whatever passes chose them."""
+    prompt = expected["prompt_ids"].long()[:1]
+    mask = (prompt != TINY_PAD).long()
+    output = t2i.generate(
+        prompt, attention_mask=mask, guidance_scale=2.0, seed=5, top_k=9, resampling=[{"top_k": 4}, {"top_p": 0.5}]
+    )
+    ids = torch.cat([prompt, output.codes[0][None] + 65], dim=1)
+    with torch.no_grad():
+        logits = t2i(ids, attention_mask=torch.nn.functional.pad(mask, (0, 817), value=1)).logits
+    codes = logits[0, 14:-1, 65:].log_softmax(dim=-1).gather(-1, output.codes[0][:, None])[:, 0]
+    close(output.log_probs[0], codes, 1e-4)
+
+
+def test_one_negative_prompt_serves_all(t2i):
+    prompts = torch.tensor([[1, 5, 6], [1, 8, 9]])
+    negative = torch.tensor([[1, 7]])
+    settings = {"guidance_scale": 2.0, "seed": 3, "top_k": 9}
+    one = t2i.generate(prompts, negative_prompt_ids=negative, **settings)
+    each = t2i.generate(prompts, negative_prompt_ids=negative.expand(2, -1), **settings)
+    for own, other in zip(one.codes, each.codes, strict=True):
+        assert torch.equal(own, other)
+
+
 def test_top_k_and_top_p_keep_what_the_reference_keeps(expected):
     scores = expected["filter_logits_in"][0]
     probabilities, codes = kept_probabilities(scores, ImageSampling(0.0, 1.0, 30, 0.6))
@@ -216,7 +240,11 @@ def test_a_static_cache_draws_the_same(t2i, expected):
         ({"image_size": (128, 128)}, "256x256"),
         ({"resampling": [{"seed": 1}]}, "resampling"),
         ({"resampling": [{"top_k": 1}], "cache_implementation": "static"}, "dynamic"),
-        ({"generation_mode": "text"}, "not trained for 'text'"),
+        ({"resampling": 2}, "resampling"),
+        ({"generation_mode": "text"}, "only draws"),
+        ({"mask": torch.ones(256, 256)}, "no pictures"),
+        ({"input_ids": torch.tensor([[1, 5, 60, 61, 62], [1, 60, 61, 62, 9]])}, "all prompts of a batch"),
+        ({"guidance_scale": 0.0, "negative_prompt_ids": torch.ones(1, 3, dtype=torch.long)}, "guidance"),
         ({"negative_prompt_ids": torch.ones(2, 3, dtype=torch.long)}, "2 negative prompts"),
     ],
 )
@@ -229,10 +257,21 @@ def test_training_rows_must_hold_a_whole_picture(t2i, expected):
     ids = expected["tf_input_ids"].long()
     with pytest.raises(ValueError, match="Row 0 holds 800 codes"):
         t2i(ids[:, : 15 + 800])
-    loss = t2i(ids, attention_mask=(ids != TINY_PAD).long(), labels=ids).loss
-    loss.backward()
-    assert t2i.model.connector.linear_1.weight.grad.abs().sum() > 0
-    t2i.zero_grad()
+
+
+def test_a_fine_tuned_model_keeps_the_tokenizer_that_it_draws_with(expected, tmp_path):
+    model = tiny_t2i()
+    model.config.codebook_fingerprint = model.vq_model.fingerprint()
+    before = {name: own.clone() for name, own in model.state_dict().items()}
+    ids = expected["tf_input_ids"].long()
+    optimizer = torch.optim.AdamW([own for own in model.parameters() if own.requires_grad], lr=1e-3)
+    model(ids, attention_mask=(ids != TINY_PAD).long(), labels=ids).loss.backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    after = TokenFlowForImageGeneration.from_pretrained(tmp_path).state_dict()
+    moved = {name for name, own in before.items() if not torch.equal(own, after[name])}
+    assert not any(name.startswith("model.vq_model.") for name in moved)
+    assert {"model.connector.linear_1.weight", "model.level_embedding.weight", "lm_head.weight"} <= moved
 
 
 def test_the_published_shape_has_a_place_for_every_weight():

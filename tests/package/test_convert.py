@@ -1,5 +1,6 @@
 """`nextflow-hf convert`: published files as checkpoints of ours."""
 
+import argparse
 import json
 import os
 import pickle
@@ -8,12 +9,13 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from qwen_models import tiny_qwen
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from small_models import small_config
 from tokenflow_models import TINY_LM, TINY_PAD, TINY_TOKENIZER, golden, tiny_t2i, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -45,7 +47,9 @@ def published(tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
     weights, _ = golden("tokenflow_tokenizer")
     weights["quantize.codebook_used"] = torch.zeros(131072)
-    torch.save({"ema": weights, "model": {}, "steps": 7}, folder / "tokenizer.pt")
+    # Trainers save more than weights.
+    others = {"optimizer": {"state": {}}, "args": argparse.Namespace(lr=1e-4), "best": np.float64(0.5)}
+    torch.save({"ema": weights, "model": {}, "steps": np.int64(7), **others}, folder / "tokenizer.pt")
     t2i = folder / "t2i"
     t2i.mkdir()
     weights, _ = golden("tokenflow_t2i")
@@ -193,20 +197,27 @@ def test_broken_and_hostile_files_are_refused(published, tmp_path, capsys, monke
     )
     (tmp_path / "text.pt").write_text("not weights")
     torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    (tmp_path / "rubbish.pt").write_bytes(whole[:4000] + bytes(2000) + whole[6000:])
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "model.safetensors.index.json").write_text("{}")
     before = contents(tmp_path)
     for name, message in (
         ("short.pt", "cut off"),
-        ("code.pt", "could run code"),
-        ("code2.pt", "could run code"),
+        ("code.pt", "holds more than tensors"),
+        ("code2.pt", "system, which could run code"),
         ("short.safetensors", "cut off"),
-        ("text.pt", "short|cut off|could run code"),
+        ("text.pt", "no file of weights: it begins with b'not weights'"),
+        ("pointer.pt", "a Git LFS pointer"),
+        ("rubbish.pt", "cut off, or no file of weights"),
+        ("index", "no `weight_map`"),
         ("list.pt", "no weights by name"),
         ("absent.pt", "no file or folder"),
         ("owner/name", "could not be downloaded"),
     ):
         assert main(["convert", "tokenflow-tokenizer", name, "target"]) == 2
         said = capsys.readouterr().err
-        assert any(part in said for part in message.split("|")), (name, said)
+        assert message in said, (name, said)
     assert contents(tmp_path) == before
     assert main(["convert", "tokenflow-tokenizer", "a/b", "target", "--variant", "clipb_224"]) == 2
     assert "No file of clipb_224 was published" in capsys.readouterr().err
@@ -290,14 +301,12 @@ def test_the_text_tokenizer_may_be_as_llama_s(published, tmp_path, capsys, monke
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_conversion_goes_on_where_it_was(tmp_path):
-    tensors = {f"weight{number}": torch.full((100,), float(number)) for number in range(10)}
-    target, made = tmp_path / "target", []
+class Killed(BaseException):
+    """As a signal would."""
 
-    class Killed(BaseException):
-        pass
 
-    def make(skip, until=None):
+def shards_of(tensors, made, until=None):
+    def make(skip):
         for number, (name, own) in enumerate(tensors.items()):
             if name not in skip:
                 if number == until:
@@ -305,27 +314,82 @@ def test_a_killed_conversion_goes_on_where_it_was(tmp_path):
                 made.append(name)
                 yield name, own
 
+    return make
+
+
+TENSORS = {f"weight{number}": torch.full((100,), float(number)) for number in range(10)}
+
+
+def test_a_killed_conversion_goes_on_where_it_was(tmp_path):
+    target, made = tmp_path / "target", []
     with pytest.raises(Killed), whole_folder(target, "plan", 0) as folder:
-        write_shards(folder, lambda skip: make(skip, 7), tensors, max_bytes=1000)
+        write_shards(folder, shards_of(TENSORS, made, until=7), TENSORS, max_bytes=1000)
     assert not target.exists()
+    # Cut off by more than a kill.
+    (tmp_path / "target.unfinished" / "model-00002.safetensors").write_bytes(b"cut off")
     made.clear()
     with whole_folder(target, "plan", 0) as folder:
-        write_shards(folder, make, tensors, max_bytes=1000)
-    assert made == [f"weight{number}" for number in range(6, 10)]
+        write_shards(folder, shards_of(TENSORS, made), TENSORS, max_bytes=1000)
+    assert made == [f"weight{number}" for number in (*range(2, 4), *range(6, 10))]
     files = WeightFiles(target)
-    assert set(files.shapes()) == set(tensors)
-    assert all(torch.equal(files.load(name), own) for name, own in tensors.items())
+    assert set(files.shapes()) == set(TENSORS)
+    assert all(torch.equal(files.load(name), own) for name, own in TENSORS.items())
     assert contents(tmp_path) == {"target"}
-    assert "model.safetensors.index.json" in contents(target) and "plan.txt" not in contents(target)
+    assert contents(target) == {
+        "model.safetensors.index.json",
+        *(f"model-0000{own}.safetensors" for own in range(1, 6)),
+    }
 
 
-def test_another_plan_begins_anew(tmp_path):
+@pytest.mark.parametrize("step", ["replace", "unlink"])
+def test_a_kill_at_the_end_loses_nothing(tmp_path, monkeypatch, step):
+    target = tmp_path / "target"
+    with monkeypatch.context() as patch:
+        if step == "replace":
+            real = os.replace
+            patch.setattr(
+                weight_files.os, "replace", lambda a, b: real(a, b) if Path(b) != target else raise_(Killed())
+            )
+        else:
+            patch.setattr(Path, "unlink", lambda self, missing_ok=False: raise_(Killed()))
+        with pytest.raises(Killed), whole_folder(target, "plan", 0) as folder:
+            (folder / "weights").write_bytes(b"weights")
+    if step == "replace":
+        assert contents(tmp_path) == {"target.unfinished"}
+        with whole_folder(target, "plan", 0) as folder:
+            assert contents(folder) == {"plan.txt", "weights"}
+    assert (target / "weights").read_bytes() == b"weights" and contents(tmp_path) == {"target"}
+
+
+def raise_(error):
+    raise error
+
+
+def test_another_plan_begins_anew_and_what_is_no_conversion_s_is_left_alone(tmp_path):
     unfinished = tmp_path / "target.unfinished"
     unfinished.mkdir()
-    (unfinished / "plan.txt").write_text("another")
     (unfinished / "model-00001.safetensors").write_bytes(b"old")
+    with pytest.raises(ValueError, match="in the way"), whole_folder(tmp_path / "target", "plan", 0):
+        pass
+    assert contents(unfinished) == {"model-00001.safetensors"}
+    (unfinished / "plan.txt").write_text("another")
     with whole_folder(tmp_path / "target", "plan", 0) as folder:
         assert contents(folder) == {"plan.txt"}
+
+
+def test_a_plan_is_of_these_very_files(published, image_tokenizer, tmp_path):
+    """What a resumed conversion goes by: other content under the same name is another plan."""
+    source = tmp_path / "qwen"
+    tiny_qwen(source)
+    before = convert.plan_qwen2_5_vl(str(source), str(image_tokenizer))
+    assert convert.plan_qwen2_5_vl(str(source), str(image_tokenizer)).sources == before.sources
+    assert convert.plan_qwen2_5_vl(str(source), str(image_tokenizer), seed=1).sources != before.sources
+    other = tmp_path / "vq"
+    NextFlowVQModel(small_config().vq_config).save_pretrained(other)
+    assert convert.plan_qwen2_5_vl(str(source), str(other)).sources != before.sources
+    file = next(source.glob("*.safetensors"))
+    os.utime(file, ns=(0, 0))
+    assert convert.plan_qwen2_5_vl(str(source), str(image_tokenizer)).sources != before.sources
 
 
 # ---- Qwen2.5-VL ------------------------------------------------------------------------------------------------------
@@ -376,6 +440,47 @@ def test_a_new_image_tokenizer_begins_with_a_siglip2(tmp_path):
     model = convert.with_semantic_encoder(config, WeightFiles(tmp_path / "siglip"))
     for name, own in model.semantic_encoder.state_dict().items():
         assert torch.equal(own, siglip.vision_model.state_dict()[name]), name
+
+
+def test_a_start_with_a_new_image_tokenizer(tmp_path):
+    """The command without `--tokenizer`, on a SigLIP2 that is tiny but for its patches."""
+    tiny_qwen(tmp_path / "qwen")
+    vision = {**small_config().vq_config.vision_config.to_dict(), "patch_size": 16}
+    text = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    siglip = Siglip2Model(Siglip2Config(vision_config=vision, text_config={**text, "num_attention_heads": 2}))
+    siglip.save_pretrained(tmp_path / "siglip")
+    target = tmp_path / "start"
+    arguments = ["convert", "qwen2.5-vl", str(tmp_path / "qwen"), str(target)]
+    assert main([*arguments, "--semantic-encoder", str(tmp_path / "siglip"), "--seed", "4"]) == 0
+    model = NextFlowForConditionalGeneration.from_pretrained(target)
+    for name, own in model.vq_model.semantic_encoder.state_dict().items():
+        assert torch.equal(own, siglip.vision_model.state_dict()[name]), name
+    assert model.config.vq_config.codebook_size == 32768 and model.vq_model.fingerprint()
+    assert "license: other" in (target / "README.md").read_text()
+    assert AutoProcessor.from_pretrained(target).image_processor.downsample == 16
+
+
+def test_qwen_in_the_names_of_transformers_classes(tmp_path, image_tokenizer):
+    """Fine-tuned copies may be saved so, and tied ones with their head."""
+    tiny_qwen(tmp_path / "qwen", tied=True)
+    weights = {}
+    for file in (tmp_path / "qwen").glob("*.safetensors"):
+        for name, own in load_file(file).items():
+            own_name = (
+                name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else f"model.{name}"
+            )
+            weights[own_name] = own
+        file.unlink()
+    weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"].clone()
+    (tmp_path / "qwen" / "model.safetensors.index.json").unlink()
+    save_file(weights, tmp_path / "qwen" / "model.safetensors")
+    (tmp_path / "qwen" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    arguments = ["convert", "qwen2.5-vl", str(tmp_path / "qwen"), str(tmp_path / "start")]
+    assert main([*arguments, "--tokenizer", str(image_tokenizer)]) == 0
+    model = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "start")
+    old = weights["model.language_model.embed_tokens.weight"]
+    assert torch.equal(model.get_input_embeddings().weight[:300], old)
+    assert "license: apache-2.0" in (tmp_path / "start" / "README.md").read_text()
 
 
 def test_what_cannot_be_a_start_is_refused(tmp_path, image_tokenizer, capsys):
