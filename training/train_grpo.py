@@ -4,6 +4,8 @@ import importlib
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from .data import load_source
 from .recipe import Recipe
 from .stage_trainer import check_writable, save_whole
@@ -14,12 +16,14 @@ def train_grpo(recipe: Recipe) -> None:
 
     `init_from`: `decoder`, a whole checkpoint. `source`: a class of rows with `prompt` and whatever the rewards need.
     `trainer`: arguments of [`NextFlowGRPOConfig`]. `stage_args`: `rewards` (each a `function`, "module:name", its
-    `weight`, and `args` where it is a class), `region_func` ("module:name"), and `lora` (arguments of
-    `peft.LoraConfig`; the result has the adapter in `adapter` and is merged in `final`). A run that was killed goes on.
+    `weight`, and `args` where it is a class), `region_func` ("module:name"), `lora` (arguments of
+    `peft.LoraConfig`; the result has the adapter in `adapter` and is merged in `final`), and `blend`: `final` lies this
+    far on the way from the weights of the start (0) to those after training (1, the default), which gives up a part of
+    the reward for what was not rewarded (WiSE-FT, arXiv 2109.01903). A run that was killed goes on.
 
     Raises:
         ImportError: If TRL is not installed.
-        ValueError: If there is no reward, or one cannot be found.
+        ValueError: If there is no reward, one cannot be found, or `blend` is not in (0, 1].
     """
     try:
         from datasets import Dataset
@@ -33,6 +37,9 @@ def train_grpo(recipe: Recipe) -> None:
     rewards = [_load(own["function"], own.get("args")) for own in stage.get("rewards", [])]
     if not rewards:
         raise ValueError("`stage_args.rewards` names no reward.")
+    blend = stage.get("blend", 1.0)
+    if not 0 < blend <= 1:
+        raise ValueError(f"`blend` must lie in (0, 1], got {blend}.")
     weights = [float(own.get("weight", 1.0)) for own in stage["rewards"]]
     model = AutoModelForMultimodalLM.from_pretrained(recipe.init_from["decoder"])
     # With the optimizer's two moments a checkpoint has three times the weights.
@@ -67,6 +74,11 @@ def train_grpo(recipe: Recipe) -> None:
         save_whole(output / "adapter", trained.save_pretrained)
         trained = trained.merge_and_unload()
     trained.requires_grad_(True)
+    if blend < 1:
+        start = AutoModelForMultimodalLM.from_pretrained(recipe.init_from["decoder"]).state_dict()
+        with torch.no_grad():
+            for name, own in trained.named_parameters():
+                own.copy_(torch.lerp(start[name].to(own), own, blend))
     trainer.save_state()
     save_whole(output / "final", partial(_save, trained, processor))
 

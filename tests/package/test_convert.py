@@ -129,6 +129,21 @@ def test_text_to_image_model_is_converted_and_draws_through_the_pipeline(publish
         processor.apply_chat_template([{"role": "user", "content": [{"type": "image", "image": picture}]}])
 
 
+def test_published_weights_in_bfloat16_stay_so_and_codes_do_not(published, tmp_path):
+    source, target = tmp_path / "source", tmp_path / "t2i"
+    shutil.copytree(published / "t2i", source)
+    for file in source.glob("*.safetensors"):
+        save_file({name: own.bfloat16() for name, own in load_file(file).items()}, file)
+    tokenizer = str(published / "tokenizer.pt")
+    assert main(["convert", "tokenflow-t2i", str(source), str(target), "--tokenizer", tokenizer]) == 0
+    model = AutoModelForMultimodalLM.from_pretrained(target).eval()
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert model.vq_model.codebook.semantic.weight.dtype == torch.float32
+    assert model.vq_model.fingerprint() == tiny_tokenizer().fingerprint()
+    output = model.generate(**AutoProcessor.from_pretrained(target)("a red circle"), seed=3, resampling=[{"top_k": 1}])
+    assert output.images[0].shape == (3, 256, 256) and torch.isfinite(output.images[0]).all()
+
+
 def test_converted_model_draws_from_the_command_line(published, tmp_path):
     target = tmp_path / "t2i"
     tokenizer = str(published / "tokenizer.pt")

@@ -484,6 +484,17 @@ def test_a_recipe_trains_and_saves_a_checkpoint_that_draws(checkpoint, tmp_path)
     assert len(loaded.generate(torch.tensor([[7]]), generation_mode="image", image_size=(16, 16)).images) == 1
     logged = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert any("train_loss" in own for own in logged)
+    # The same run, whose result lies halfway back.
+    start, whole = NextFlowForConditionalGeneration.from_pretrained(checkpoint).state_dict(), loaded.state_dict()
+    recipe.output_dir, recipe.stage_args["blend"] = str(tmp_path / "blended"), 0.5
+    run_recipe(recipe)
+    half = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "blended" / "final").state_dict()
+    assert any(not torch.equal(start[name], own) for name, own in whole.items())
+    for name, own in whole.items():
+        torch.testing.assert_close(half[name], torch.lerp(start[name], own, 0.5), atol=1e-6, rtol=0)
+    recipe.stage_args["blend"] = 0
+    with pytest.raises(ValueError, match="blend"):
+        run_recipe(recipe)
     recipe.stage_args = {"rewards": [{"function": "nextflow_hf.scenes:no_such_reward"}]}
     with pytest.raises(ValueError, match="no_such_reward"):
         run_recipe(recipe)
