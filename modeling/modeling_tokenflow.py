@@ -294,7 +294,9 @@ class TokenFlowForImageGeneration(OwnsImageTokenizer, TokenFlowPreTrainedModel, 
     def _end_prompts(self, input_ids, attention_mask):
         """End each row with `<img>`, and pad it on the left to the one length of prompts."""
         opening = input_ids.new_tensor(self.config.image_start_ids)
-        is_open = (input_ids[:, -len(opening) :] == opening).all(dim=1) & (input_ids.shape[1] >= len(opening))
+        is_open = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        if input_ids.shape[1] >= len(opening):
+            is_open = (input_ids[:, -len(opening) :] == opening).all(dim=1)
         if bool(is_open.any()) and not bool(is_open.all()):
             raise ValueError("Either all prompts of a batch end with <img>, or none.")
         if not bool(is_open.all()):

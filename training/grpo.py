@@ -361,14 +361,15 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
     def _seeds(self, number: int, turn: int) -> list[int]:
-        """Seeds of a rollout's pictures, from the run's seed and its place in the run alone: a resumed run draws what
-        it would have."""
+        """Seeds of a rollout's pictures, from the run's seed and their place in the run alone: a resumed run draws what
+        it would have, and several processes what one would."""
         if self.model.training:
             place = (self.state.global_step, self._step % max(1, self.args.gradient_accumulation_steps), 1)
         else:
             place = (self.state.global_step, self._eval_rollouts, 0)
-        rng = np.random.default_rng((self.args.seed, *place, self.accelerator.process_index, turn))
-        return rng.integers(2**62, size=number).tolist()
+        rng = np.random.default_rng((self.args.seed, *place, turn))
+        first = self.accelerator.process_index * number
+        return rng.integers(2**62, size=first + number)[first:].tolist()
 
     def evaluate(self, *args, **kwargs):
         """As TRL's, with the same rollouts in every evaluation of the same weights."""

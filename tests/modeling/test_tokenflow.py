@@ -241,7 +241,7 @@ def test_a_static_cache_draws_the_same(t2i, expected):
         ({"resampling": [{"seed": 1}]}, "resampling"),
         ({"resampling": [{"top_k": 1}], "cache_implementation": "static"}, "dynamic"),
         ({"resampling": 2}, "resampling"),
-        ({"generation_mode": "text"}, "only draws"),
+        ({"generation_mode": "text"}, "pictures alone"),
         ({"mask": torch.ones(256, 256)}, "no pictures"),
         ({"input_ids": torch.tensor([[1, 5, 60, 61, 62], [1, 60, 61, 62, 9]])}, "all prompts of a batch"),
         ({"guidance_scale": 0.0, "negative_prompt_ids": torch.ones(1, 3, dtype=torch.long)}, "guidance"),

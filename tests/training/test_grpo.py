@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -470,7 +471,7 @@ def test_a_recipe_trains_and_saves_a_checkpoint_that_draws(checkpoint, tmp_path)
         output_dir=str(tmp_path / "run"),
         init_from={"decoder": str(checkpoint)},
         source={"class": "nextflow_hf.scenes:ScenePrompts", "per_category": 1},
-        stage_args={"rewards": [{"function": "nextflow_hf.scenes:scene_reward", "weight": 2}]},
+        stage_args={"rewards": [{"function": "test_grpo:bright", "weight": 2}]},
         trainer={
             "max_steps": 1,
             "image_size": [32, 32],
@@ -498,6 +499,45 @@ def test_a_recipe_trains_and_saves_a_checkpoint_that_draws(checkpoint, tmp_path)
     recipe.stage_args = {"rewards": [{"function": "nextflow_hf.scenes:no_such_reward"}]}
     with pytest.raises(ValueError, match="no_such_reward"):
         run_recipe(recipe)
+
+
+TWO_PROCESSES = """
+import json
+import sys
+
+sys.path[:0] = {path!r}
+import torch
+from test_grpo import trainer_of
+
+torch.set_num_threads(1)
+checkpoint, folder, processes = sys.argv[1], sys.argv[2], int(sys.argv[3])
+trainer = trainer_of(checkpoint, folder, per_device_train_batch_size=8 // processes, max_steps=3, ddp_backend="gloo")
+assert trainer.accelerator.num_processes == processes
+trainer.train()
+if trainer.accelerator.is_main_process:
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
+    trainer.save_state()
+"""
+
+
+def test_two_processes_give_the_rewards_and_weights_of_one(checkpoint, tmp_path):
+    here = Path(__file__).parent
+    script = tmp_path / "train.py"
+    script.write_text(TWO_PROCESSES.format(path=[str(here), str(here.parent)]))
+    rewards, weights = [], []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [sys.executable, *launch, str(script), str(checkpoint), str(folder), str(processes)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert run.returncode == 0, run.stderr[-3000:]
+        log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        rewards.append(torch.tensor([own["reward"] for own in log if "reward" in own]))
+        weights.append(NextFlowForConditionalGeneration.from_pretrained(folder).state_dict())
+    torch.testing.assert_close(rewards[0], rewards[1], atol=1e-5, rtol=0)
+    assert len(rewards[0]) == 3
+    for name, own in weights[0].items():
+        torch.testing.assert_close(own, weights[1][name], atol=2e-4, rtol=0)
 
 
 def test_words_read_are_scored_as_the_paper_does():
