@@ -31,7 +31,8 @@ def train_grpo(recipe: Recipe) -> None:
         from .grpo import NextFlowGRPOConfig, NextFlowGRPOTrainer
     except ImportError as error:
         raise ImportError('Reinforcement learning needs TRL: pip install "nextflow-hf[rl]".') from error
-    from transformers import AutoModelForMultimodalLM, AutoProcessor
+    from transformers import AutoModelForMultimodalLM, AutoProcessor, TrainerState
+    from transformers.trainer import TRAINER_STATE_NAME
 
     stage, output = recipe.stage_args, Path(recipe.output_dir)
     rewards = [_load(own["function"], own.get("args")) for own in stage.get("rewards", [])]
@@ -68,7 +69,15 @@ def train_grpo(recipe: Recipe) -> None:
         train_dataset=Dataset.from_list([rows[index] for index in range(len(rows))]),
         peft_config=peft_config,
     )
-    trainer.train(resume_from_checkpoint=_last_checkpoint(output))
+    checkpoint = _last_checkpoint(output)
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)) if checkpoint else None
+    was_finished = state is not None and state.global_step >= trainer.args.max_steps > 0
+    if was_finished:
+        # Killed between its last step and its result; going on would take a step more.
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = state
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if peft_config is not None:
         save_whole(output / "adapter", trained.save_pretrained)
@@ -79,7 +88,8 @@ def train_grpo(recipe: Recipe) -> None:
         with torch.no_grad():
             for name, own in trained.named_parameters():
                 own.copy_(torch.lerp(start[name].to(own), own, blend))
-    trainer.save_state()
+    if not (was_finished and (output / TRAINER_STATE_NAME).is_file()):
+        trainer.save_state()
     save_whole(output / "final", partial(_save, trained, processor))
 
 

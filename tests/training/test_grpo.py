@@ -2,6 +2,7 @@ import asyncio
 import itertools
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -477,6 +478,7 @@ def test_a_recipe_trains_and_saves_a_checkpoint_that_draws(checkpoint, tmp_path)
             "image_size": [32, 32],
             "num_generations": 2,
             "per_device_train_batch_size": 4,
+            "save_steps": 1,
             "use_cpu": True,
         },
     )
@@ -485,6 +487,12 @@ def test_a_recipe_trains_and_saves_a_checkpoint_that_draws(checkpoint, tmp_path)
     assert len(loaded.generate(torch.tensor([[7]]), generation_mode="image", image_size=(16, 16)).images) == 1
     logged = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert any("train_loss" in own for own in logged)
+    # Killed before its result, it takes no step more.
+    shutil.rmtree(tmp_path / "run" / "final")
+    run_recipe(recipe)
+    again = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "run" / "final").state_dict()
+    assert all(torch.equal(own, again[name]) for name, own in loaded.state_dict().items())
+    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"] == logged
     # The same run, whose result lies halfway back.
     start, whole = NextFlowForConditionalGeneration.from_pretrained(checkpoint).state_dict(), loaded.state_dict()
     recipe.output_dir, recipe.stage_args["blend"] = str(tmp_path / "blended"), 0.5
