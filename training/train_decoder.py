@@ -164,6 +164,8 @@ def train_decoder(recipe: Recipe) -> None:
 
     # 2. The decoder of the stage before, or a new one, and what of it is trained.
     model = _decoder_of(recipe, vq_model)
+    # What it could draw before, it can still; datasets of pictures that are only read have no sizes.
+    image_sizes = {*image_sizes, *map(tuple, model.config.trained_image_sizes or ())}
     _freeze_all_but(model, stage)
     text_rows = _text_rows(model, recipe)
     if "lora" in stage:
@@ -201,7 +203,7 @@ def train_decoder(recipe: Recipe) -> None:
     # The first is what is drawn where no size is asked for.
     model.config.trained_image_sizes = [
         list(size) for size in sorted(image_sizes, key=lambda size: (size != image_size, size))
-    ]
+    ] or None
     if "lora" in stage:
         save_whole(Path(recipe.output_dir) / "adapter", model.save_pretrained)
         model = model.merge_and_unload()
