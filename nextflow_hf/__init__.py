@@ -16,11 +16,8 @@ from .registration import register
 
 _checkpoints = Path(__file__).resolve().parent / "checkpoints"
 MINI = str(_checkpoints / "nextflow-mini")
-"""Folder of the bundled checkpoint that draws and describes best, for every `from_pretrained`."""
-MINI_TASKS = str(_checkpoints / "nextflow-mini-tasks")
-"""Folder of the bundled checkpoint that also edits, answers, compares, thinks and tells stories, as far as its card
-says."""
-BUNDLED = {"mini": MINI, "mini-tasks": MINI_TASKS}
+"""Folder of the bundled checkpoint, for every `from_pretrained`."""
+BUNDLED = {"mini": MINI}
 
 _EXPORTS = {
     "NextFlowConfig": "modeling.configuration_nextflow",
@@ -38,7 +35,7 @@ _EXPORTS = {
     "NextFlowImageProcessor": "processing.image_processing_nextflow",
     "NextFlowImageProcessorPil": "processing.image_processing_pil_nextflow",
 }
-__all__ = ["BUNDLED", "MINI", "MINI_TASKS", "register", *_EXPORTS]
+__all__ = ["BUNDLED", "MINI", "register", *_EXPORTS]
 
 
 def __getattr__(name: str):

@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="draw pictures of a prompt")
     generate.add_argument("prompt")
-    generate.add_argument("--checkpoint", default="mini", help='"mini" or "mini-tasks" (bundled), a folder or a Hub id')
+    generate.add_argument("--checkpoint", default="mini", help='"mini" (bundled), a folder or a Hub id')
     generate.add_argument("--output", type=Path, default=Path("pictures"), help="folder for the PNG files")
     generate.add_argument("--count", type=int, default=1, help="pictures to draw")
     generate.add_argument("--size", type=_size, help="HEIGHTxWIDTH in pixels")
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     edit = commands.add_parser("edit", help="change a picture by an instruction")
     edit.add_argument("picture", type=Path)
     edit.add_argument("instruction")
-    edit.add_argument("--checkpoint", default="mini-tasks")
+    edit.add_argument("--checkpoint", default="mini")
     edit.add_argument("--mask", type=Path, help="picture of the same size, white where something may change")
     edit.add_argument("--size", type=_size, help="HEIGHTxWIDTH: put the picture on a larger canvas and draw the rest")
     edit.add_argument("--output", type=Path, default=Path("edited.png"))
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
     story = commands.add_parser("story", help="tell a story in text and pictures, as Markdown with PNG files")
     story.add_argument("prompt")
-    story.add_argument("--checkpoint", default="mini-tasks")
+    story.add_argument("--checkpoint", default="mini")
     story.add_argument("--output", type=Path, default=Path("story"), help="folder for story.md and its pictures")
     story.add_argument("--size", type=_size, help="HEIGHTxWIDTH in pixels")
     story.add_argument("--gif", action="store_true", help="write the pictures as frames.gif as well")
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     story.set_defaults(run=_story)
 
     chat = commands.add_parser("chat", help="talk with a checkpoint in words and pictures")
-    chat.add_argument("--checkpoint", default="mini-tasks")
+    chat.add_argument("--checkpoint", default="mini")
     chat.add_argument("--folder", type=Path, help="keep the conversation there, or go on with the one that is there")
     chat.add_argument("--seed", type=int, default=0)
     chat.set_defaults(run=_chat)

@@ -72,11 +72,8 @@ def run_demo(folder: Path) -> None:
         path = folder / f"described-{index}.png"
         save_picture(picture.resize((256, 256), Image.Resampling.NEAREST), path)
         print(f"{path}: {said}")
-    tasks_model, tasks_processor = load("mini-tasks")
     for question in QUESTIONS:
-        for index, said in enumerate(
-            answer(tasks_model, tasks_processor, [[user(picture, question)] for picture in pictures])
-        ):
+        for index, said in enumerate(answer(model, processor, [[user(picture, question)] for picture in pictures])):
             print(f"{folder / f'described-{index}.png'}: {question} {said}")
     print(f"{folder / 'contact_sheet.png'}: {len(PROMPTS)} prompts x {SEEDS} seeds")
     print(f"{folder / 'sharpening.gif'}: {prompt!r}, scale by scale")
@@ -89,8 +86,8 @@ def run_demo(folder: Path) -> None:
         edits += [] if own is None else [own]
     befores = [Image.fromarray(render(own.before, (64, 64))) for own in edits]
     afters = draw(
-        tasks_model,
-        tasks_processor,
+        model,
+        processor,
         [[user(*pair)] for pair in zip(befores, [own.text for own in edits])],
         range(EDITS),
     )
@@ -99,9 +96,9 @@ def run_demo(folder: Path) -> None:
     print(f"{folder / 'edits.png'}: given pictures above, edited ones below")
 
     # 5. A riddle that is thought through, and a story.
-    (parts,) = tell(tasks_model, tasks_processor, [[user(RIDDLE)]], [0], enable_thinking=True, max_images=1)
+    (parts,) = tell(model, processor, [[user(RIDDLE)]], [0], enable_thinking=True, max_images=1)
     _write(RIDDLE, parts, folder / "riddle")
-    (parts,) = tell(tasks_model, tasks_processor, [[user(STORY)]], [0])
+    (parts,) = tell(model, processor, [[user(STORY)]], [0])
     _write(STORY, parts, folder / "story")
 
 

@@ -20,7 +20,7 @@ Conversation = list[dict]
 
 
 def load(checkpoint: str) -> tuple[NextFlowForConditionalGeneration, NextFlowProcessor]:
-    """Model and processor of a checkpoint: "mini" or "mini-tasks" (bundled), a folder or a Hub id."""
+    """Model and processor of a checkpoint: "mini" (bundled), a folder or a Hub id."""
     path = BUNDLED.get(checkpoint, checkpoint)
     return AutoModelForMultimodalLM.from_pretrained(path).eval(), AutoProcessor.from_pretrained(path)
 
