@@ -519,7 +519,8 @@ from test_grpo import trainer_of
 
 torch.set_num_threads(1)
 checkpoint, folder, processes = sys.argv[1], sys.argv[2], int(sys.argv[3])
-trainer = trainer_of(checkpoint, folder, per_device_train_batch_size=8 // processes, max_steps=3, ddp_backend="gloo")
+# Adam would blow rounding up where a gradient is next to nothing.
+trainer = trainer_of(checkpoint, folder, per_device_train_batch_size=8 // processes, max_steps=3, optim="sgd")
 assert trainer.accelerator.num_processes == processes
 trainer.train()
 if trainer.accelerator.is_main_process:
@@ -544,8 +545,10 @@ def test_two_processes_give_the_rewards_and_weights_of_one(checkpoint, tmp_path)
         weights.append(NextFlowForConditionalGeneration.from_pretrained(folder).state_dict())
     torch.testing.assert_close(rewards[0], rewards[1], atol=1e-5, rtol=0)
     assert len(rewards[0]) == 3
+    start = NextFlowForConditionalGeneration.from_pretrained(checkpoint).state_dict()
+    assert max((own - start[name]).abs().max() for name, own in weights[0].items()) > 1e-4
     for name, own in weights[0].items():
-        torch.testing.assert_close(own, weights[1][name], atol=2e-4, rtol=0)
+        torch.testing.assert_close(own, weights[1][name], atol=1e-6, rtol=0)
 
 
 def test_words_read_are_scored_as_the_paper_does():
