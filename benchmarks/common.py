@@ -1,18 +1,36 @@
-"""What the benchmarks share: a record of the machine, results that are whole or absent, and markdown tables."""
+"""What the benchmarks share: counts and clocks, a record of the machine, whole result files, and markdown tables."""
 
 import json
 import os
 import platform
 import shlex
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def count_flops(function) -> int:
+    """Floating-point operations of a call, two per multiply-add."""
+    # The plain attention kernel: the counter does not know the CPU's fused one.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def seconds(function) -> float:
+    """Wall time of a call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 def record(threads: int | None = None) -> dict:

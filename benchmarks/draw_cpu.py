@@ -35,9 +35,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from common import RESULTS, record, table, write_json
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from common import RESULTS, count_flops, record, seconds, table, write_json
 from transformers import GenerationMixin
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 
@@ -111,19 +109,6 @@ class Drawing:
             )
         assert out.shape[1] == ids.shape[1] + self.num_codes, out.shape
         return out
-
-
-def count_flops(function) -> int:
-    # The plain attention kernel: the counter does not know the CPU's fused one.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
-
-
-def seconds(function) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def product_seconds(left: torch.Tensor, right: torch.Tensor, times: int = 3) -> float:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from common import RESULTS, record, table, write_json
 from safetensors.torch import load_file
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from nextflow_hf import abilities
 from nextflow_hf.evaluation import score_captions, score_drawing
@@ -42,8 +43,6 @@ MEASURES = {
 
 def load_checkpoint(folder: Path, recipe) -> tuple[NextFlowForConditionalGeneration, object]:
     """A checkpoint of a run with its average of the weights, and its processor."""
-    from transformers import GenerationConfig, PreTrainedTokenizerFast
-
     model = NextFlowForConditionalGeneration.from_pretrained(folder).eval()
     model.load_state_dict(load_file(folder / "ema.safetensors"), strict=False)
     model.config.abilities, model.config.trained_image_sizes = None, [list(SIZE)]

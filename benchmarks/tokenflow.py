@@ -21,13 +21,10 @@ import argparse
 import multiprocessing
 import resource
 import statistics
-import time
 from pathlib import Path
 
 import torch
-from common import RESULTS, record, table, write_json
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from common import RESULTS, count_flops, record, seconds, table, write_json
 
 from nextflow_hf.modeling.configuration_tokenflow import TokenFlowConfig
 from nextflow_hf.modeling.generation_nextflow import ramp
@@ -105,19 +102,6 @@ class Drawing:
         leave[..., -1] = False
         scores = scores.masked_fill(leave.scatter(-1, places, leave), -torch.inf)
         return torch.multinomial(scores.softmax(dim=-1).flatten(0, -2), 1).view(scores.shape[:-1])
-
-
-def count_flops(function) -> int:
-    # The plain attention kernel: the counter does not know the CPU's fused one.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
-
-
-def seconds(function) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def added_memory(way: str, shape: tuple, threads: int | None, results) -> None:

@@ -456,6 +456,7 @@ class NextScaleGenerationMixin(GenerationMixin):
 
         # 1. One pass over the prompts, both branches at once.
         embeds, positions, attention_mask, block_ids = self._open(prompts, image_codes, context_grids, grids)
+        # Positions have three axes, time first, or one.
         start_time = positions[..., -1].reshape(-1, len(embeds))[0]
         cache = self._make_cache(use_cache, static_cache, embeds.shape[1], grids)
         hidden = self._pass(embeds, positions, attention_mask, block_ids, cache)[:, -1:]

@@ -269,7 +269,7 @@ def whole_folder(target: Path, plan: str, needed_bytes: int):
 
 
 def _safetensors_dtype(name: str) -> torch.dtype:
-    return {
+    known = {
         "F64": torch.float64,
         "F32": torch.float32,
         "F16": torch.float16,
@@ -279,4 +279,7 @@ def _safetensors_dtype(name: str) -> torch.dtype:
         "I8": torch.int8,
         "U8": torch.uint8,
         "BOOL": torch.bool,
-    }.get(name, torch.float32)
+    }
+    if name not in known:
+        raise ValueError(f"Weights of the type {name} are not known here; {sorted(known)} are.")
+    return known[name]
