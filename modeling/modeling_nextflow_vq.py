@@ -104,11 +104,31 @@ class DualCodebook(nn.Module):
         self.pixel = nn.Embedding(config.codebook_size, config.pixel_dim)
         # Moving average of how often a code is chosen, in multiples of its fair share. Training only.
         self.register_buffer("usage", torch.ones(config.codebook_size))
+        # Codes before this one stay as they are while the others are trained. Training only.
+        self.num_frozen = 0
 
     @property
     def size(self) -> int:
         """Number of codes."""
         return self.semantic.num_embeddings
+
+    @torch.no_grad()
+    def freeze_rows(self, earlier: "DualCodebook") -> None:
+        """Begin with the codes of an `earlier` codebook, and keep them: training moves the ones behind them alone.
+
+        Raises:
+            ValueError: If the earlier codebook is larger.
+        """
+        if earlier.size > self.size:
+            raise ValueError(f"{self.size} codes cannot begin with {earlier.size}.")
+        self.num_frozen = earlier.size
+        for name in ("semantic", "pixel"):
+            weight = getattr(self, name).weight
+            weight[: earlier.size] = getattr(earlier, name).weight
+            weight.register_hook(self._without_frozen_rows)
+
+    def _without_frozen_rows(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.index_fill(0, torch.arange(self.num_frozen, device=gradient.device), 0.0)
 
     def table(self) -> torch.Tensor:
         """All codes, float32 of shape `(codebook_size, code_dim)`."""
@@ -539,12 +559,12 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
     def start_codebook(self, pixel_values: torch.Tensor, generator: torch.Generator) -> None:
         """Put the codes onto encoder outputs of all scales: random ones of these `(batch, 3, H, W)` pictures.
 
-        Scales are visited coarse to fine, each on the residual that the codes chosen so far leave.
+        Scales are visited coarse to fine, each on the residual that the codes chosen so far leave. Frozen codes stay.
         """
         latents, _ = self.latents(pixel_values)
         grids = self._check_grids(None, latents.shape[-2:])
         residual = latents
-        shares = torch.linspace(0, self.codebook.size, len(grids) + 1).round().long().tolist()
+        shares = torch.linspace(self.codebook.num_frozen, self.codebook.size, len(grids) + 1).round().long().tolist()
         for grid, first, end in zip(grids, shares, shares[1:]):
             vectors = self.codebook.normalize(_pool(residual, grid))
             picks = torch.randint(len(vectors), (end - first,), generator=generator)
@@ -590,11 +610,12 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
 
     @torch.no_grad()
     def _revive_dead_codes(self, codes: torch.Tensor, vectors: torch.Tensor, generator: torch.Generator | None):
-        """Track how often each code is chosen; move the unused ones onto current encoder outputs."""
+        """Track how often each code is chosen; move the unused ones onto current encoder outputs. Frozen codes stay."""
         codebook = self.codebook
         counts = torch.bincount(codes, minlength=codebook.size).to(codebook.usage)
         codebook.usage.lerp_(counts * (codebook.size / codes.numel()), 0.02)
         dead = (codebook.usage < self.config.dead_code_threshold).nonzero()[:, 0]
+        dead = dead[dead >= codebook.num_frozen]
         if len(dead) == 0:
             return
         picks = torch.randint(len(vectors), (len(dead),), generator=generator).to(vectors.device)

@@ -29,7 +29,7 @@ from .scenes.riddles import draw_riddle
 from .scenes.sampling import is_trained
 from .scenes.signs import words_of_sign
 from .scenes.source import READ_QUESTION
-from .scenes.stories import draw_story, replay
+from .scenes.stories import draw_story
 from .scenes.tasks import COMPARE_QUESTION, EXAMPLE_PROMPT, NOTHING, ask_for_subject, draw_reference
 from .training.rewards import letters_right
 
@@ -293,10 +293,12 @@ def score_thinking(tested: Tested) -> dict:
     return {name: interval(own) for name, own in right.items()}
 
 
-def score_stories(tested: Tested) -> dict:
-    """Stories: whether the subject is in every frame asked for, and which frames are as the texts until then say."""
+def score_stories(tested: Tested, kind: str = "story") -> dict:
+    """Stories, instructions or films: whether the subject is in every frame asked for, and which frames are as the
+    texts until then (in a film: the prompt) say. Of instructions also whether the last frame is what was asked for.
+    """
     number = max(1, tested.number // 4)
-    stories = [draw_story(tested.rng(index), lattice=tested.lattice, split=tested.split) for index in range(number)]
+    stories = [draw_story(tested.rng(index), None, tested.lattice, tested.split, kind) for index in range(number)]
     told = tell(
         tested.model,
         tested.processor,
@@ -307,20 +309,35 @@ def score_stories(tested: Tested) -> dict:
         max_new_tokens=200,
     )
     referee = Referee(tested.lattice)
-    kept, as_told, lengths = [], [], []
+    kept, as_told, lengths, ends = [], [], [], []
     for story, parts in zip(stories, told):
         readings = [referee.look(part) for part in parts if isinstance(part, Image.Image)]
         texts = [part for part, after in itertools.pairwise(["", *parts]) if isinstance(after, Image.Image)]
-        scenes = replay([own if isinstance(own, str) else "" for own in texts], tested.lattice)
+        scenes = story.expected([own if isinstance(own, str) else "" for own in texts])
         lengths.append(len(readings) == len(story.scenes))
         kept.append(lengths[-1] and all(story.keeps_subject(own.objects) for own in readings))
         right = [scene is not None and shows(reading, scene) for reading, scene in zip(readings, scenes, strict=True)]
         as_told.append(np.mean(right) if right else 0.0)
-    return {
-        "stories: subject in every frame": interval(kept),
-        "stories: frames as told": interval(as_told),
-        "stories: as many frames as asked": interval(lengths),
+        ends.append(bool(readings) and shows(readings[-1], story.scenes[-1]))
+    name = {"story": "stories", "instructions": "instructions", "film": "films"}[kind]
+    result = {
+        f"{name}: subject in every frame": interval(kept),
+        f"{name}: frames as told": interval(as_told),
+        f"{name}: as many frames as asked": interval(lengths),
     }
+    if kind == "instructions":
+        result[f"{name}: end as asked"] = interval(ends)
+    return result
+
+
+def score_instructions(tested: Tested) -> dict:
+    """Pictures built step by step."""
+    return score_stories(tested, "instructions")
+
+
+def score_films(tested: Tested) -> dict:
+    """Short films of an object that moves."""
+    return score_stories(tested, "film")
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------
@@ -368,7 +385,7 @@ def score_words(tested: Tested) -> dict:
 SCORES: dict[str, tuple[Callable, ...]] = {
     "caption": (score_questions, score_comparison),
     "edit": (score_edits, score_conversations, score_masks, score_examples, score_subjects),
-    "interleaved": (score_thinking, score_stories),
+    "interleaved": (score_thinking, score_stories, score_instructions, score_films),
 }
 
 

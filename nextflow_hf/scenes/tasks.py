@@ -16,7 +16,7 @@ from .riddles import draw_riddle
 from .sampling import FAMILIES, is_trained, orderly_scene, sample_scene
 from .signs import draw_sign, render_sign, transcript, words_of_sign
 from .source import QUESTION, READ_QUESTION
-from .stories import THE_END, draw_story
+from .stories import THE_END, draw_story, longest_of
 from .world import BACKGROUNDS, PLACES, Scene, lattice_for, named_cells, render
 
 COMPARE_QUESTION, NOTHING = "what changed?", "nothing"
@@ -209,9 +209,10 @@ def thought_turn(thought: str) -> str:
     return f"<think>\n{thought}\n</think>\n"
 
 
-def _story(rng, scene, size, frames: int = 5):
-    """A story of several pictures with text between."""
-    own = draw_story(rng, int(rng.integers(2, frames + 1)), lattice_for(size))
+def _story(rng, scene, size, frames: int = 5, kind: str = "story"):
+    """A story, instructions or a film of several pictures with text between."""
+    longest = min(frames, longest_of(kind, lattice_for(size)))
+    own = draw_story(rng, int(rng.integers(2, longest + 1)), lattice_for(size), kind=kind)
     parts = [part for text in own.texts for part in (text, IMAGE)]
     return [user(own.prompt), assistant(*parts, THE_END)], [render(one, size) for one in own.scenes]
 

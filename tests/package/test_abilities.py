@@ -110,6 +110,23 @@ def test_stories_are_scored_by_what_they_tell(monkeypatch):
     assert result["stories: frames as told"]["score"] == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.parametrize(("kind", "name"), [("instructions", "instructions"), ("film", "films")])
+def test_instructions_and_films_are_scored_frame_by_frame(monkeypatch, kind, name):
+    own = build(abilities.Tested, 8)
+    stories = [draw_story(own.rng(index), None, (4, 4), "test", kind) for index in range(2)]
+    frames = [[Image.fromarray(render(scene)) for scene in story.scenes] for story in stories]
+    # The first as it should be, the second with its first picture again in place of the last.
+    frames[1][-1] = frames[1][0]
+    told = [[part for pair in zip(story.texts, own) for part in pair] for story, own in zip(stories, frames)]
+    monkeypatch.setattr(abilities, "tell", lambda *args, **kwargs: told)
+    result = abilities.score_stories(own, kind)
+    assert result[f"{name}: subject in every frame"]["score"] == 1
+    expected = (1 + (len(frames[1]) - 1) / len(frames[1])) / 2
+    assert result[f"{name}: frames as told"]["score"] == pytest.approx(expected, abs=1e-3)
+    if kind == "instructions":
+        assert result["instructions: end as asked"]["score"] == 0.5
+
+
 def test_words_are_scored_by_what_is_read(monkeypatch):
     own = build(abilities.Tested, 12)
     signs = [draw_sign(own.rng(index), "test") for index in range(12)]

@@ -28,6 +28,7 @@ from nextflow_hf.scenes.sampling import is_trained
 from nextflow_hf.scenes.signs import WORDS, Sign, transcript
 from nextflow_hf.scenes.stories import draw_story, replay
 from nextflow_hf.scenes.tasks import TASKS
+from nextflow_hf.scenes.world import PLACES, named_cells
 from nextflow_hf.training.rewards import letters_right
 
 CIRCLE = SceneObject("circle", "red", "large", (0, 0))
@@ -178,6 +179,41 @@ def test_stories_can_be_read_back():
     ] == [None, None]
 
 
+def test_instructions_end_in_what_was_asked_for():
+    for split in ("train", "test"):
+        for seed in range(40):
+            own = draw_story(np.random.default_rng(seed), split=split, kind="instructions")
+            for told, shown in zip(own.expected(list(own.texts)), own.scenes, strict=True):
+                assert set(told.objects) == set(shown.objects) and told.background == shown.background
+            assert [len(scene.objects) for scene in own.scenes] == list(range(1, len(own.scenes) + 1))
+            words = own.prompt.removeprefix("show step by step how to make ")
+            for each in own.scenes[-1].objects:
+                assert f"{each.color} {each.shape} {PLACES[named_cells(each.size, (4, 4))[each.cell]]}" in words
+    assert own.expected(["step one: on a pale background put a small red circle on the left."]) == [None]
+
+
+def test_films_move_one_object_step_by_step():
+    for split in ("train", "test"):
+        for seed in range(40):
+            own = draw_story(np.random.default_rng(seed), split=split, kind="film")
+            cells = [scene.objects[0].cell for scene in own.scenes]
+            assert len(set(cells)) == len(cells) == len(own.texts)
+            steps = np.diff(cells, axis=0)
+            assert (np.abs(steps - steps.mean(0)) < 1).all(), "evenly"
+            names = named_cells(own.subject.size, (4, 4))
+            assert f"from the {names[cells[0]]} to the {names[cells[-1]]}" in own.prompt
+            assert own.expected(["anything"] * (len(cells) + 1)) == [*own.scenes, None]
+
+
+def test_a_story_of_no_kind_is_refused():
+    with pytest.raises(ValueError, match="kind is one of"):
+        draw_story(np.random.default_rng(0), kind="opera")
+    with pytest.raises(ValueError, match="2 to 3 frames, got 4"):
+        draw_story(np.random.default_rng(0), 4, kind="instructions")
+    with pytest.raises(ValueError, match="2 to 4 frames, got 5"):
+        draw_story(np.random.default_rng(0), 5, kind="film")
+
+
 # ---- words -----------------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +302,6 @@ def test_a_drawn_prompt_says_what_the_picture_shows():
     assert not shows(Referee().look(render(SCENE)), Scene((CIRCLE,), "gray"))
     with pytest.raises(ValueError, match="A task is one of"):
         TaskRecords("fly")
-    with pytest.raises(ValueError, match=r"has the options \['frames'\]"):
+    with pytest.raises(ValueError, match=r"has the options \['frames', 'kind'\]"):
         TaskRecords("story", questions=3)
     assert len(list(TaskRecords("edit", num_records=2))) == 2
