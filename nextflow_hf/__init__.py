@@ -27,6 +27,8 @@ _EXPORTS = {
     "NextFlowModel": "modeling.modeling_nextflow",
     "NextFlowForConditionalGeneration": "modeling.modeling_nextflow",
     "ScaleStreamer": "modeling.generation_nextflow",
+    "NextFlowRefinerModel": "modeling.modeling_refiner",
+    "NextFlowRefinerPipeline": "modeling.pipeline_refiner",
     "TokenFlowConfig": "modeling.configuration_tokenflow",
     "TokenFlowForImageGeneration": "modeling.modeling_tokenflow",
     "TokenFlowModel": "modeling.modeling_tokenflow",

@@ -32,6 +32,13 @@ def is_done(recipe: Recipe) -> bool:
     return (folder / ("tokenizer.json" if recipe.stage == "text_tokenizer" else "final")).exists()
 
 
+def _train_refiner(recipe: Recipe) -> None:
+    # Here and not above: diffusers' pipelines take seconds to import, which no other stage should cost.
+    from .train_refiner import train_refiner
+
+    train_refiner(recipe)
+
+
 STAGES: dict[str, Callable[[Recipe], None]] = {
     "text_tokenizer": train_text_tokenizer,
     "teacher": train_teacher,
@@ -39,6 +46,7 @@ STAGES: dict[str, Callable[[Recipe], None]] = {
     "extract": run_extraction,
     "decoder": train_decoder,
     "grpo": train_grpo,
+    "refiner": _train_refiner,
     "chain": run_chain,
 }
 

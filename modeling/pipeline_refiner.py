@@ -1,0 +1,302 @@
+"""The refiner as a diffusers pipeline: codes or a picture in, a refined or doubled picture out."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+
+from .modeling_refiner import UPSAMPLING, NextFlowRefinerModel, refiner_condition
+
+
+class NextFlowRefinerPipeline(DiffusionPipeline):
+    """Paints a picture anew from what its codes say (NextFlow section 2.3), at its own size or twice as large.
+
+    Args:
+        refiner ([`NextFlowRefinerModel`]): The denoiser.
+        scheduler (diffusers scheduler): A flow-matching one, such as `FlowMatchEulerDiscreteScheduler`.
+        vq_model ([`NextFlowVQModel`]): The tokenizer whose codes the refiner was trained on.
+        vae (`AutoencoderKL`, *optional*): For a refiner of latents; without one, pixels are refined.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): For a refiner that embeds captions itself.
+    """
+
+    model_cpu_offload_seq = "vq_model->refiner->vae"
+    _optional_components = ["vae", "tokenizer"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(self, refiner: NextFlowRefinerModel, scheduler, vq_model, vae=None, tokenizer=None):
+        super().__init__()
+        self.register_modules(refiner=refiner, scheduler=scheduler, vq_model=vq_model, vae=vae, tokenizer=tokenizer)
+        self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the last call."""
+        return self._num_timesteps
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance of the last call."""
+        return self._guidance_scale
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has asked to stop (`pipe._interrupt = True`)."""
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image=None,
+        codes: torch.LongTensor | Sequence[torch.LongTensor] | None = None,
+        grids=None,
+        prompt: str | list[str] | None = None,
+        upsampling: int = 1,
+        strength: float = 0.6,
+        num_inference_steps: int = 8,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 1.0,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """
+        Args:
+            image: Pictures of one size: PIL, arrays `(height, width, 3)` in [0, 1] or a tensor
+                `(batch, 3, height, width)` in [0, 1]. Sides are multiples of the tokenizer's patch.
+            codes: Instead, `(batch, num_codes)` as `generate` and the tokenizer give them.
+            grids: The scales of `codes`.
+            prompt: What the pictures show, one for all or one each; nothing by default.
+            upsampling: 1 for the picture's own size, 2 for twice that.
+            strength: How much is painted anew, from 0 to 1: the share of the noise at which painting begins. At 0 the
+                input is given back as it is (doubled: resized bicubically).
+            num_inference_steps: Steps from noise alone; as in diffusers' img2img pipelines, a `strength` below 1 takes
+                that share of them.
+            sigmas: Levels of noise instead, from high to low; the first stands in place of `strength`.
+            guidance_scale: How far to go from no caption towards the caption; 1 is the caption alone. A base that was
+                distilled to take the scale is given it.
+            num_images_per_prompt: How many results of each picture.
+            generator: Source of the noise, one or one for each result.
+            latents: The noise itself, of the shape of what is denoised.
+            prompt_embeds: `(batch, tokens, text_dim)` states of the captions, from a base's own text encoders.
+            pooled_prompt_embeds: `(batch, pooled_dim)` of the captions, for a base that takes them.
+            output_type: "pil", "np", "pt" or "latent".
+            return_dict: `False` gives a tuple.
+            callback_on_step_end: `(pipeline, step, timestep, tensors) -> tensors`, after each step.
+            callback_on_step_end_tensor_inputs: What it is handed; of `_callback_tensor_inputs`.
+
+        Raises:
+            ValueError: If inputs do not fit each other, the tokenizer or the refiner, or the scheduler's models do not
+                predict velocities.
+        """
+        # 1. Refuse what cannot work before anything is computed.
+        self._check(image, codes, grids, prompt, upsampling, strength, sigmas, output_type)
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(f"A callback may have {self._callback_tensor_inputs}, not {sorted(unknown)}.")
+        self._guidance_scale, self._interrupt, self._num_timesteps = guidance_scale, False, 0
+        device = self._execution_device
+
+        # 2. The picture in [-1, 1], and its codes.
+        pixels, codes, grids = self._read(image, codes, grids, device)
+        number = len(pixels)
+        results = number * num_images_per_prompt
+        if latents is None and isinstance(generator, list) and len(generator) != results:
+            raise ValueError(f"{len(generator)} generators were given for {results} pictures.")
+        if strength == 0 and sigmas is None:
+            return self._untouched(image, pixels, upsampling, num_images_per_prompt, output_type, return_dict)
+
+        # 3. What the refiner is told: the codes, the picture at the result's size, the caption.
+        dtype = self.refiner.dtype
+        condition = refiner_condition(self.vq_model, codes, grids).to(dtype)
+        target = self._to_latents(_resized(pixels, upsampling).to(dtype))
+        condition, target = (own.repeat_interleave(num_images_per_prompt, 0) for own in (condition, target))
+        caption = self._caption(prompt, prompt_embeds, pooled_prompt_embeds, number, num_images_per_prompt, device)
+        distilled = getattr(self.refiner.denoiser.config, "guidance_embeds", False)
+        if distilled:
+            caption["guidance"] = torch.full((results,), guidance_scale, device=device, dtype=dtype)
+        guides = guidance_scale != 1 and not distilled and len(caption) > 0
+
+        # 4. Where on the way from noise to picture to begin.
+        timesteps = self._timesteps(num_inference_steps, strength, sigmas, target.shape, device)
+        self._num_timesteps = len(timesteps)
+        noise = latents
+        if noise is None:
+            noise = randn_tensor(target.shape, generator=generator, device=device, dtype=dtype)
+        elif noise.shape != target.shape:
+            raise ValueError(f"`latents` must have the shape {tuple(target.shape)}, got {tuple(noise.shape)}.")
+        noise = noise.to(device, dtype)
+        add_noise = getattr(self.scheduler, "scale_noise", None)
+        if add_noise is not None:
+            latents = add_noise(target, timesteps[:1], noise)
+        else:
+            latents = self.scheduler.add_noise(target, noise, timesteps[:1])
+
+        # 5. Towards the picture.
+        told = {"condition": condition, "upsampling": upsampling}
+        if self.refiner.config.image_condition:
+            told["image"] = target
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for step, time in enumerate(timesteps):
+                if self._interrupt:
+                    continue
+                velocity = self.refiner(latents, time, **told, **caption).sample
+                if guides:
+                    plain = self.refiner(latents, time, **told).sample
+                    velocity = plain + guidance_scale * (velocity - plain)
+                latents = self.scheduler.step(velocity, time, latents, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    handed = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
+                    latents = (callback_on_step_end(self, step, time, handed) or {}).pop("latents", latents)
+                progress_bar.update()
+
+        # 6. Pixels.
+        if output_type == "latent":
+            images = latents
+        else:
+            images = self._to_images(self._to_pixels(latents), output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    # ---- the steps' parts --------------------------------------------------------------------------------------------
+
+    def _check(self, image, codes, grids, prompt, upsampling, strength, sigmas, output_type) -> None:
+        if (image is None) == (codes is None):
+            raise ValueError("Give either `image` or `codes`.")
+        if (codes is None) != (grids is None):
+            raise ValueError("`codes` and `grids`, which tell their scales, belong together.")
+        if upsampling not in UPSAMPLING:
+            raise ValueError(f"`upsampling` is one of {UPSAMPLING}, got {upsampling}.")
+        if not 0 <= strength <= 1:
+            raise ValueError(f"`strength` must lie in [0, 1], got {strength}.")
+        if sigmas is not None and not (len(sigmas) and all(0 < own <= 1 for own in sigmas)):
+            raise ValueError(f"`sigmas` are levels of noise in (0, 1], got {sigmas}.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f'`output_type` is "pil", "np", "pt" or "latent", got {output_type!r}.')
+        if prompt is not None and self.tokenizer is None:
+            raise ValueError(
+                "This refiner has no tokenizer for a `prompt`; give `prompt_embeds` (and `pooled_prompt_embeds`) of its "
+                "base's text encoders, for example from `FluxPipeline.encode_prompt`."
+            )
+        config = self.scheduler.config
+        flows = (
+            type(self.scheduler).__name__.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
+        )
+        if not flows:
+            raise ValueError(
+                f"The refiner predicts velocities of a flow, but {type(self.scheduler).__name__} expects "
+                f"{config.get('prediction_type', 'something else')!r}. Use a FlowMatch scheduler, or one made with "
+                '`prediction_type="flow_prediction", use_flow_sigmas=True`.'
+            )
+
+    def _read(self, image, codes, grids, device):
+        """Pixels `(batch, 3, height, width)` in [-1, 1], codes and scales."""
+        if codes is None:
+            pixels = self.image_processor.preprocess(image).to(device, torch.float32)
+            encoding = self.vq_model.encode(pixels)
+            return pixels, encoding.codes, encoding.grids
+        codes = torch.stack(list(codes)) if not torch.is_tensor(codes) else codes
+        codes = codes.to(device)
+        grids = tuple(tuple(int(side) for side in grid) for grid in grids)
+        return self.vq_model.decode(codes, grids).float(), codes, grids
+
+    def _untouched(self, image, pixels, upsampling, copies, output_type, return_dict):
+        """The input itself, copied where it is one already."""
+        is_pil = isinstance(image, Image.Image) or (
+            isinstance(image, (list, tuple)) and all(isinstance(own, Image.Image) for own in image)
+        )
+        if upsampling == 1 and output_type == "pil" and is_pil:
+            own = [image] if isinstance(image, Image.Image) else image
+            images = [each.copy() for each in own for _ in range(copies)]
+        else:
+            target = _resized(pixels, upsampling).repeat_interleave(copies, 0)
+            if output_type == "latent":
+                images = self._to_latents(target.to(self.refiner.dtype))
+            else:
+                images = self._to_images(target, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _caption(self, prompt, embeds, pooled, number, copies, device) -> dict[str, torch.Tensor]:
+        """What the refiner takes of the captions."""
+        told = {}
+        if prompt is not None:
+            prompts = [prompt] * number if isinstance(prompt, str) else list(prompt)
+            if len(prompts) != number:
+                raise ValueError(f"{len(prompts)} prompts were given for {number} pictures.")
+            tokens = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="right")
+            told = {"caption_ids": tokens.input_ids, "caption_mask": tokens.attention_mask}
+        elif embeds is not None:
+            told["encoder_hidden_states"] = embeds
+        if pooled is not None:
+            told["pooled_projections"] = pooled
+        return {name: own.to(device).repeat_interleave(copies, 0) for name, own in told.items()}
+
+    def _timesteps(self, steps: int, strength: float, sigmas, shape, device) -> torch.Tensor:
+        settings = {"device": device}
+        if self.scheduler.config.get("use_dynamic_shifting"):
+            # As FLUX: more noise for more tokens, on a line between two lengths.
+            config, tokens = self.scheduler.config, shape[-2] * shape[-1] / self.refiner.config.patch_size**2
+            low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+            slope = (config.get("max_shift", 1.15) - config.get("base_shift", 0.5)) / (high - low)
+            settings["mu"] = config.get("base_shift", 0.5) + slope * (tokens - low)
+        if sigmas is not None:
+            self.scheduler.set_timesteps(sigmas=list(sigmas), **settings)
+            begin = 0
+        else:
+            self.scheduler.set_timesteps(steps, **settings)
+            begin = min(steps - min(round(steps * strength), steps), steps - 1)
+        order = self.scheduler.order
+        self.scheduler.set_begin_index(begin * order)
+        return self.scheduler.timesteps[begin * order :]
+
+    def _to_latents(self, pixels: torch.Tensor) -> torch.Tensor:
+        if self.vae is None:
+            return pixels
+        latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode()
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        return ((latents - shift) * self.vae.config.scaling_factor).to(pixels.dtype)
+
+    def _to_pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        if self.vae is None:
+            return latents
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + shift
+        return self.vae.decode(latents, return_dict=False)[0]
+
+    def _to_images(self, pixels: torch.Tensor, output_type: str):
+        return self.image_processor.postprocess(pixels.float().clamp(-1, 1), output_type=output_type)
+
+
+def _resized(pixels: torch.Tensor, factor: int) -> torch.Tensor:
+    """Pixels of the result's size."""
+    if factor == 1:
+        return pixels
+    return F.interpolate(pixels, scale_factor=factor, mode="bicubic", align_corners=False).clamp(-1, 1)
+
+
+def register_with_diffusers() -> None:
+    """Let diffusers find the classes by the package's name, in local folders and on the Hub. May be called again."""
+    import diffusers
+    from diffusers.pipelines import pipeline_loading_utils as loading
+
+    library = __name__.split(".")[0]
+    known = {name: ["save_pretrained", "from_pretrained"] for name in ("NextFlowRefinerModel", "NextFlowVQModel")}
+    loading.LOADABLE_CLASSES.setdefault(library, {}).update(known)
+    loading.ALL_IMPORTABLE_CLASSES.update(known)
+    # `DiffusionPipeline.from_pretrained` looks pipelines up there.
+    diffusers.NextFlowRefinerPipeline = NextFlowRefinerPipeline
+
+
+register_with_diffusers()

@@ -1,0 +1,419 @@
+"""The refiner: a denoiser of diffusers' told what the codes say, and its pipeline."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FluxTransformer2DModel,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from small_models import small_config
+from transformers import PreTrainedTokenizerFast
+
+import nextflow_hf
+from nextflow_hf import NextFlowRefinerModel, NextFlowRefinerPipeline
+from nextflow_hf.modeling.modeling_nextflow_vq import NextFlowVQModel
+from nextflow_hf.modeling.modeling_refiner import refiner_condition
+
+UNET = {
+    "sample_size": 16,
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "cross_attention_dim": 12,
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+}
+FLUX = {
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 12,
+    "pooled_projection_dim": 10,
+    "axes_dims_rope": [4, 6, 6],
+    "guidance_embeds": True,
+}
+BASES = {"UNet2DConditionModel": UNET, "FluxTransformer2DModel": FLUX}
+# Of the small tokenizer: semantic, pixel, decoded.
+WIDTHS = {"semantic_dim": 6, "pixel_dim": 4, "feature_dim": 16}
+
+
+def build_refiner(base: str = "UNet2DConditionModel", seed: int = 0, **own) -> NextFlowRefinerModel:
+    torch.manual_seed(seed)
+    config = {"condition_channels": 4, "caption_vocab_size": 20, "patch_size": 2, **WIDTHS, **own}
+    model = NextFlowRefinerModel(base_class=base, base_config=BASES[base], **config).eval()
+    with torch.no_grad():
+        # Output layers that are zero at first would hide everything.
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<unk>", "a", "red", "blue", "circle", "star"]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="module")
+def vq_model() -> NextFlowVQModel:
+    torch.manual_seed(0)
+    return NextFlowVQModel(small_config().vq_config).eval()
+
+
+def build_pipeline(vq_model, base: str = "UNet2DConditionModel", **own) -> NextFlowRefinerPipeline:
+    pipeline = NextFlowRefinerPipeline(
+        build_refiner(base, **own), FlowMatchEulerDiscreteScheduler(), vq_model, tokenizer=build_tokenizer()
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(params=sorted(BASES))
+def pipeline(request, vq_model) -> NextFlowRefinerPipeline:
+    return build_pipeline(vq_model, request.param)
+
+
+def pictures(number: int = 2, side: int = 32) -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(number)]
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+def inputs_of(model: NextFlowRefinerModel, batch: int = 2) -> dict:
+    rng = generator(1)
+    return {
+        "sample": torch.randn(batch, 3, 16, 16, generator=rng),
+        "timestep": torch.tensor([100.0, 700.0])[:batch],
+        "condition": torch.randn(batch, 26, 2, 2, generator=rng),
+        "image": torch.randn(batch, 3, 16, 16, generator=rng),
+        "caption_ids": torch.tensor([[2, 3, 5], [2, 4, 6]])[:batch],
+        "caption_mask": torch.ones(batch, 3, dtype=torch.long),
+    }
+
+
+@pytest.mark.parametrize("base", sorted(BASES))
+def test_every_input_matters_and_rows_do_not_mix(base):
+    model = build_refiner(base)
+    inputs = inputs_of(model)
+    whole = model(**inputs).sample
+    assert whole.shape == (2, 3, 16, 16)
+    for row in range(2):
+        alone = model(**{name: own[row : row + 1] for name, own in inputs.items()}).sample
+        torch.testing.assert_close(alone, whole[row : row + 1], atol=1e-4, rtol=1e-4)
+    changed = {**inputs, "caption_ids": inputs["caption_ids"].flip(0)}
+    for name, own in (("sample", None), ("timestep", None), ("condition", None), ("image", None)):
+        other = {**inputs, name: inputs[name].flip(0)}
+        assert not torch.allclose(model(**other).sample, whole, atol=1e-4), name
+    assert not torch.allclose(model(**changed).sample, whole, atol=1e-5)
+    assert not torch.allclose(model(**inputs, upsampling=2).sample, whole, atol=1e-4)
+    mixed = model(**inputs, upsampling=torch.tensor([1, 2])).sample
+    torch.testing.assert_close(mixed[:1], whole[:1], atol=1e-4, rtol=1e-4)
+
+
+def test_the_condition_is_what_the_codes_say(vq_model):
+    torch.manual_seed(0)
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    encoding = vq_model.encode(pixels)
+    condition = refiner_condition(vq_model, encoding.codes, encoding.grids)
+    assert condition.shape == (2, 6 + 4 + 16, 4, 4)
+    torch.testing.assert_close(condition[:, :10], encoding.features)
+    decoded = vq_model.semantic_decoder(encoding.features[:, :6])
+    torch.testing.assert_close(condition[:, 10:, 1, 2], decoded[:, 1 * 4 + 2])
+
+
+@pytest.mark.parametrize("base", sorted(BASES))
+def test_a_pretrained_base_is_left_as_it_is_at_first(base):
+    torch.manual_seed(0)
+    channels = {"in_channels": 12, "out_channels": 12}
+    own = (UNet2DConditionModel if base.startswith("UNet") else FluxTransformer2DModel).from_config(
+        {**BASES[base], **channels}
+    )
+    torch.nn.init.normal_((own.conv_out if base.startswith("UNet") else own.proj_out).weight, std=0.1)
+    model = NextFlowRefinerModel.from_base(own.eval(), patch_size=2, condition_channels=4, **WIDTHS).eval()
+    inputs = inputs_of(model)
+    del inputs["caption_ids"], inputs["caption_mask"]
+    states = torch.randn(2, 5, 12, generator=generator(3))
+    output = model(**inputs, encoder_hidden_states=states).sample
+    other = {**inputs, "condition": 9 * inputs["condition"], "image": -inputs["image"]}
+    torch.testing.assert_close(model(**other, encoder_hidden_states=states).sample, output)
+    if base.startswith("UNet"):
+        squares = torch.nn.functional.pixel_unshuffle(inputs["sample"], 2)
+        expected = own(squares, inputs["timestep"], encoder_hidden_states=states).sample
+        torch.testing.assert_close(output, torch.nn.functional.pixel_shuffle(expected, 2), atol=1e-5, rtol=1e-5)
+    # New inputs are learned, so they have gradients.
+    output = model.train()(**inputs, encoder_hidden_states=states).sample
+    output.square().mean().backward()
+    layer = model.denoiser.conv_in if base.startswith("UNet") else model.denoiser.x_embedder
+    assert layer.weight.grad[:, 12:].abs().sum() > 0
+
+
+def test_sdxl_takes_the_caption_as_a_vector_too():
+    unet = {**UNET, "addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+    unet["projection_class_embeddings_input_dim"] = 6 * 4 + 10
+    torch.manual_seed(0)
+    model = NextFlowRefinerModel(base_config=unet, condition_channels=4, patch_size=2, **WIDTHS).eval()
+    torch.nn.init.normal_(model.denoiser.conv_out.weight, std=0.1)
+    assert model.takes_pooled_caption
+    inputs = inputs_of(model)
+    del inputs["caption_ids"], inputs["caption_mask"]
+    first = model(**inputs).sample
+    assert not torch.allclose(model(**inputs, pooled_projections=torch.ones(2, 10)).sample, first, atol=1e-5)
+
+
+def test_what_does_not_fit_is_refused():
+    model = build_refiner()
+    inputs = inputs_of(model)
+    for name, own, message in (
+        ("sample", torch.zeros(2, 4, 16, 16), "`sample` must have"),
+        ("sample", torch.zeros(2, 3, 15, 16), "multiples of 2"),
+        ("condition", torch.zeros(2, 25, 2, 2), "`condition` must have"),
+        ("image", None, "`image` must have"),
+        ("image", torch.zeros(2, 3, 8, 8), "`image` must have"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(**{**inputs, name: own})
+    with pytest.raises(ValueError, match="base of a refiner is one of"):
+        NextFlowRefinerModel(base_class="DiT")
+    with pytest.raises(ValueError, match="A projector"):
+        NextFlowRefinerModel(base_config=UNET, projector="cnn")
+    with pytest.raises(ValueError, match="embeds no captions"):
+        build_refiner(caption_vocab_size=None)(**inputs)
+    with pytest.raises(ValueError, match="in patches of 1 make 3"):
+        NextFlowRefinerModel.from_base(UNet2DConditionModel.from_config({**UNET, "in_channels": 12}), **WIDTHS)
+
+
+# ---- the pipeline ----------------------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_picture_and_a_batch_is_one_by_one(pipeline):
+    images, prompts = pictures(), ["a red circle", "a blue star"]
+    seeds = (3, 4)
+    whole = pipeline(images, prompt=prompts, generator=[generator(s) for s in seeds], output_type="pt").images
+    again = pipeline(images, prompt=prompts, generator=[generator(s) for s in seeds], output_type="pt").images
+    assert torch.equal(whole, again)
+    other = pipeline(images, prompt=prompts, generator=[generator(s + 1) for s in seeds], output_type="pt").images
+    assert not torch.allclose(other, whole, atol=1e-3)
+    for row, seed in enumerate(seeds):
+        alone = pipeline(images[row], prompt=prompts[row], generator=generator(seed), output_type="pt").images
+        torch.testing.assert_close(alone, whole[row : row + 1], atol=1e-4, rtol=1e-4)
+
+
+def test_codes_and_the_picture_they_came_from_are_the_same_input(pipeline, vq_model):
+    (image,) = pictures(1)
+    encoding = vq_model.encode(pipeline.image_processor.preprocess(image))
+    options = {"strength": 1.0, "output_type": "pt", "num_inference_steps": 3}
+    if pipeline.refiner.config.image_condition:
+        pipeline = build_pipeline(vq_model, pipeline.refiner.config.base_class, image_condition=False)
+    by_codes = pipeline(codes=encoding.codes, grids=encoding.grids, generator=generator(0), **options).images
+    by_image = pipeline(image, generator=generator(0), **options).images
+    torch.testing.assert_close(by_codes, by_image, atol=1e-4, rtol=1e-4)
+    listed = pipeline(codes=list(encoding.codes), grids=encoding.grids, generator=generator(0), **options).images
+    assert torch.equal(listed, by_codes)
+
+
+def test_strength_goes_from_untouched_to_anew(vq_model):
+    pipeline = build_pipeline(vq_model)
+    images = pictures()
+    untouched = pipeline(images, strength=0).images
+    assert all(np.array_equal(np.array(a), np.array(b)) for a, b in zip(untouched, images))
+    assert untouched[0] is not images[0]
+    tensor = torch.rand(1, 3, 32, 32, generator=generator(0))
+    torch.testing.assert_close(pipeline(tensor, strength=0, output_type="pt").images, tensor)
+    assert pipeline(images[0], strength=0, upsampling=2).images[0].size == (64, 64)
+    changes, steps = [], []
+    for strength in (0.1, 0.5, 1.0):
+        drawn = pipeline(tensor, strength=strength, generator=generator(0), output_type="pt", num_inference_steps=10)
+        changes.append((drawn.images - tensor).abs().mean().item())
+        steps.append(pipeline.num_timesteps)
+    assert steps == [1, 5, 10]
+    assert changes[0] < changes[1] < changes[2]
+
+
+def test_doubling_and_outputs(pipeline):
+    images = pictures()
+    shown = pipeline(images, upsampling=2, num_inference_steps=2, generator=generator(0))
+    assert [own.size for own in shown.images] == [(64, 64)] * 2
+    arrays = pipeline(images, upsampling=2, num_inference_steps=2, generator=generator(0), output_type="np").images
+    assert np.abs(arrays[0] * 255 - np.array(shown.images[0])).max() <= 0.5 + 1e-3
+    (tuple_form,) = pipeline(images[0], num_inference_steps=2, return_dict=False)
+    assert len(tuple_form) == 1
+    several = pipeline(images, num_inference_steps=2, num_images_per_prompt=3, output_type="latent").images
+    assert several.shape == (6, 3, 32, 32)
+
+
+def test_schedulers_can_be_exchanged(vq_model):
+    pipeline = build_pipeline(vq_model)
+    options = {"generator": generator(0), "num_inference_steps": 4, "strength": 0.5, "output_type": "pt"}
+    first = pipeline(pictures()[0], **options).images
+    for scheduler in (
+        FlowMatchHeunDiscreteScheduler(),
+        DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    ):
+        pipeline.scheduler = scheduler
+        drawn = pipeline(pictures()[0], **{**options, "generator": generator(0)}).images
+        assert drawn.shape == first.shape and torch.isfinite(drawn).all()
+    pipeline.scheduler = DDIMScheduler()
+    with pytest.raises(ValueError, match="predicts velocities of a flow"):
+        pipeline(pictures()[0])
+
+
+def test_callbacks_change_stop_and_leave_nothing_behind(vq_model):
+    pipeline = build_pipeline(vq_model)
+    (image,) = pictures(1)
+
+    def draw(callback=None):
+        return pipeline(
+            image, generator=generator(0), num_inference_steps=5, output_type="pt", callback_on_step_end=callback
+        ).images
+
+    whole, seen = draw(), []
+
+    def stop(pipe, step, timestep, tensors):
+        seen.append((step, float(timestep), tuple(tensors["latents"].shape)))
+        if step == 1:
+            pipe._interrupt = True
+        return tensors
+
+    stopped = draw(stop)
+    assert [own[0] for own in seen] == [0, 1] and not torch.allclose(stopped, whole)
+    assert seen[0][1] > seen[1][1]
+
+    def fail(pipe, step, timestep, tensors):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(fail)
+    assert torch.equal(draw(), whole)
+    zeroed = draw(lambda pipe, step, timestep, tensors: {"latents": torch.zeros_like(tensors["latents"])})
+    torch.testing.assert_close(zeroed, torch.full_like(zeroed, 0.5))
+    with pytest.raises(ValueError, match="A callback may have"):
+        pipeline(image, callback_on_step_end_tensor_inputs=["noise"])
+
+
+def test_saved_and_loaded_in_every_way(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "own")
+    options = {"generator": generator(0), "num_inference_steps": 2, "prompt": "a red circle", "output_type": "pt"}
+    expected = pipeline(pictures()[0], **options).images
+    for loaded in (
+        NextFlowRefinerPipeline.from_pretrained(tmp_path / "own"),
+        DiffusionPipeline.from_pretrained(tmp_path / "own"),
+    ):
+        loaded.set_progress_bar_config(disable=True)
+        assert isinstance(loaded, NextFlowRefinerPipeline)
+        drawn = loaded(pictures()[0], **{**options, "generator": generator(0)}).images
+        torch.testing.assert_close(drawn, expected, atol=1e-5, rtol=1e-5)
+    index = (tmp_path / "own" / "model_index.json").read_text()
+    assert '"nextflow_hf"' in index and "modeling.modeling_refiner" not in index
+
+
+def test_the_hub_check_knows_the_classes(pipeline, tmp_path):
+    """What `from_pretrained` does with a Hub id before it downloads anything."""
+    import json
+
+    from diffusers.pipelines.pipeline_loading_utils import _get_custom_components_and_folders
+
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    files = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+    custom, folders = _get_custom_components_and_folders("owner/name", index, files, files)
+    assert not custom and {"refiner", "vq_model", "scheduler"} <= set(folders)
+
+
+def test_latents_of_a_vae(vq_model):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=[8, 8],
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+        shift_factor=0.1,
+        scaling_factor=0.5,
+    ).eval()
+    refiner = build_refiner(sample_channels=4, patch_size=1)
+    pipeline = NextFlowRefinerPipeline(refiner, FlowMatchEulerDiscreteScheduler(), vq_model, vae=vae)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.vae_scale_factor == 2
+    latents = pipeline(pictures()[0], upsampling=2, num_inference_steps=2, output_type="latent").images
+    assert latents.shape == (1, 4, 32, 32)
+    assert pipeline(pictures()[0], upsampling=2, num_inference_steps=2).images[0].size == (64, 64)
+    pixels = pipeline.image_processor.preprocess(pictures())
+    round_trip = pipeline._to_pixels(pipeline._to_latents(pixels))
+    torch.testing.assert_close(round_trip, vae.decode(vae.encode(pixels).latent_dist.mode()).sample)
+
+
+def test_guidance_and_captions(vq_model):
+    pipeline = build_pipeline(vq_model)
+    options = {"num_inference_steps": 3, "output_type": "pt"}
+
+    def draw(**more):
+        return pipeline(pictures()[0], generator=generator(0), **options, **more).images
+
+    plain, told = draw(), draw(prompt="a red circle")
+    assert not torch.allclose(plain, told, atol=1e-4)
+    assert torch.equal(draw(guidance_scale=3.0), plain), "there is no caption to go towards"
+    torch.testing.assert_close(draw(prompt="a red circle", guidance_scale=0.0), plain, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(draw(prompt="a red circle", guidance_scale=3.0), told, atol=1e-4)
+
+
+def test_input_that_cannot_be_refined_is_refused(vq_model):
+    pipeline = build_pipeline(vq_model)
+    (image,) = pictures(1)
+    encoding = vq_model.encode(pipeline.image_processor.preprocess(image))
+    for inputs, message in (
+        ({}, "either `image` or `codes`"),
+        ({"image": image, "codes": encoding.codes, "grids": encoding.grids}, "either `image` or `codes`"),
+        ({"codes": encoding.codes}, "belong together"),
+        ({"image": image, "upsampling": 4}, "`upsampling` is one of"),
+        ({"image": image, "strength": 1.5}, "`strength` must lie"),
+        ({"image": image, "sigmas": []}, "`sigmas` are levels"),
+        ({"image": image, "output_type": "jpg"}, "`output_type` is"),
+        ({"image": image, "prompt": ["a", "b"]}, "2 prompts were given for 1"),
+        ({"image": image, "generator": [generator(0)] * 2}, "2 generators were given for 1"),
+        ({"image": image, "latents": torch.zeros(1, 3, 8, 8)}, "`latents` must have"),
+        ({"image": Image.new("RGB", (30, 32))}, "multiples of 8"),
+        ({"codes": encoding.codes + 1000, "grids": encoding.grids}, "Codes must lie"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipeline(**inputs)
+    pipeline.tokenizer = None
+    with pytest.raises(ValueError, match="has no tokenizer for a `prompt`"):
+        pipeline(image, prompt="a circle")
+
+
+def test_memory_savers_change_nothing(pipeline):
+    options = {"num_inference_steps": 2, "output_type": "pt"}
+    expected = pipeline(pictures(), generator=generator(0), **options).images
+    pipeline.enable_attention_slicing(1)
+    torch.testing.assert_close(
+        pipeline(pictures(), generator=generator(0), **options).images, expected, atol=1e-4, rtol=1e-4
+    )
+    pipeline.disable_attention_slicing()
+    pipeline.refiner.enable_gradient_checkpointing()
+    assert pipeline.refiner.denoiser.is_gradient_checkpointing
+    assert set(pipeline.model_cpu_offload_seq.split("->")) <= set(pipeline.components)
+
+
+def test_exported_at_the_top():
+    assert {"NextFlowRefinerModel", "NextFlowRefinerPipeline"} <= set(nextflow_hf.__all__)

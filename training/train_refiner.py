@@ -1,0 +1,219 @@
+"""The refiner's stage (NextFlow section 2.3): flow matching on what the tokenizer's codes say, at one size and doubled."""
+
+from functools import partial
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import ModelOutput
+
+from ..modeling.modeling_nextflow_vq import NextFlowVQModel
+from ..modeling.modeling_refiner import NextFlowRefinerModel, refiner_condition
+from ..modeling.pipeline_refiner import NextFlowRefinerPipeline
+from .data import PairSource, load_source, to_pixels
+from .recipe import Recipe
+from .stage_trainer import run_stage, save_whole
+
+# Which part of a base's pipeline is the denoiser.
+_DENOISERS = {"FluxPipeline": "transformer", "StableDiffusionXLPipeline": "unet"}
+
+
+class RefinerDataset(Dataset):
+    """Pictures with captions, each to be painted at half its size, or doubled to its own.
+
+    Args:
+        source: The pictures, of twice the size at which the tokenizer sees them.
+        doubled: Share of the items that are doubled.
+        caption_dropout: Share of the items without a caption.
+    """
+
+    def __init__(self, source: PairSource, doubled: float, caption_dropout: float):
+        self.source, self.doubled, self.caption_dropout = source, doubled, caption_dropout
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict:
+        rng = np.random.default_rng((index, 5))
+        return {
+            "image": self.source.image(index),
+            "upsampling": 2 if rng.random() < self.doubled else 1,
+            "caption": "" if rng.random() < self.caption_dropout else self.source.prompt(index, rng),
+            # The share of the way from the decoder's picture to the true one that the refiner is shown.
+            "is_clean": bool(rng.random() < 0.2),
+        }
+
+
+def train_refiner(recipe: Recipe) -> None:
+    """Train a refiner on a frozen tokenizer.
+
+    `init_from`: `vq`; `refiner` to go on from, or `base` (a pipeline of diffusers, Hub id or folder, whose denoiser, VAE
+    and text encoders are taken); `tokenizer` for a refiner that embeds captions itself.
+    `config`: entries of [`NextFlowRefinerModel`]; those that the tokenizer decides are filled in.
+    `stage_args`:
+
+    * `base_pipeline`: class of `base`, a name of diffusers ("FluxPipeline", "StableDiffusionXLPipeline");
+    * `lora` (arguments of `peft.LoraConfig`): the base is adapted, and what is new is trained whole; `final` is merged;
+    * `doubled`: share of the pictures that are painted at twice the size that the tokenizer sees;
+    * `caption_dropout`: share without a caption;
+    * `shift`: of the scheduler, above 1 for more steps in the noise.
+
+    The source's pictures are of twice the size that the tokenizer sees.
+
+    Raises:
+        ValueError: If the recipe has no start that it could train from, or a share is none.
+    """
+    stage = recipe.stage_args
+    shares = {name: stage.get(name, default) for name, default in (("doubled", 0.3), ("caption_dropout", 0.2))}
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"`{name}` is a share in [0, 1], got {share}.")
+    if {"base", "refiner"} <= set(recipe.init_from):
+        raise ValueError("A refiner starts from a `base` or goes on from a `refiner`, not both.")
+    source = load_source(recipe.source)
+    vq_model = NextFlowVQModel.from_pretrained(recipe.init_from["vq"]).eval().requires_grad_(False)
+
+    # 1. The denoiser, its latents and its captions.
+    tokenizer, vae, texts = None, None, None
+    if "tokenizer" in recipe.init_from:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(recipe.init_from["tokenizer"])
+    config = {
+        "semantic_dim": vq_model.config.semantic_dim,
+        "pixel_dim": vq_model.config.pixel_dim,
+        "feature_dim": vq_model.config.semantic_target_dim or vq_model.config.vision_config.hidden_size,
+        **({"caption_vocab_size": len(tokenizer)} if tokenizer is not None else {}),
+        **recipe.config,
+    }
+    if "refiner" in recipe.init_from:
+        model = NextFlowRefinerModel.from_pretrained(recipe.init_from["refiner"], subfolder="refiner")
+    elif "base" in recipe.init_from:
+        model, vae, texts = _from_base(recipe, config)
+    else:
+        model = NextFlowRefinerModel(**config)
+    if "lora" in stage:
+        from peft import LoraConfig
+
+        model.add_adapter(LoraConfig(**stage["lora"]))
+        _train_what_is_new(model)
+    shift = stage.get("shift", 1.0)
+    pipeline = NextFlowRefinerPipeline(
+        model, FlowMatchEulerDiscreteScheduler(shift=shift), vq_model, vae=vae, tokenizer=tokenizer
+    )
+
+    # 2. Velocities of the flow from the picture to noise.
+    dataset = RefinerDataset(source, **shares)
+    model = run_stage(recipe, model, dataset, partial(_collate, tokenizer), partial(_loss, pipeline, texts, shift))
+
+    # 3. A pipeline that loads on its own.
+    final = Path(recipe.output_dir) / "final"
+    if "lora" in stage:
+        save_whole(Path(recipe.output_dir) / "adapter", lambda folder: model.save_lora_adapter(folder))
+        model.fuse_lora()
+        model.unload_lora()
+    model.requires_grad_(True)
+    pipeline.refiner = model
+    save_whole(final, pipeline.save_pretrained)
+
+
+def _from_base(recipe: Recipe, config: dict):
+    """Refiner, VAE and text encoders of a pipeline of diffusers."""
+    name = recipe.stage_args.get("base_pipeline")
+    if name not in _DENOISERS:
+        raise ValueError(f"`base_pipeline` is one of {sorted(_DENOISERS)}, got {name!r}.")
+    base = getattr(diffusers, name).from_pretrained(recipe.init_from["base"])
+    vae: AutoencoderKL = base.vae.eval().requires_grad_(False)
+    denoiser = getattr(base, _DENOISERS[name])
+    patch = 2 if name == "FluxPipeline" else 1
+    config = {"sample_channels": vae.config.latent_channels, "patch_size": patch, **config}
+    model = NextFlowRefinerModel.from_base(denoiser, **config)
+    base.register_modules(**{_DENOISERS[name]: None, "vae": None})
+    for part in base.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval().requires_grad_(False)
+    return model, vae, base
+
+
+def _train_what_is_new(model: NextFlowRefinerModel) -> None:
+    """The projection and the widened input layer, which no base has learned, are trained whole beside the adapters."""
+    layer = "denoiser.conv_in" if model.config.base_class == "UNet2DConditionModel" else "denoiser.x_embedder"
+    for name, parameter in model.named_parameters():
+        if name.startswith(("condition_proj", "upsampling_embedding", layer)) and "lora" not in name:
+            parameter.requires_grad_(True)
+
+
+def _collate(tokenizer, items: list[dict]) -> dict:
+    """Items of one size and kind together."""
+    kinds: dict[tuple, list[dict]] = {}
+    for item in items:
+        kinds.setdefault((item["upsampling"], item["image"].shape), []).append(item)
+    groups = []
+    for (factor, _), own in kinds.items():
+        captions = [item["caption"] for item in own]
+        group = {
+            "pixels": torch.from_numpy(to_pixels(np.stack([item["image"] for item in own]))),
+            "upsampling": factor,
+            "is_clean": torch.tensor([item["is_clean"] for item in own]),
+            "captions": captions,
+        }
+        if tokenizer is not None:
+            tokens = tokenizer(captions, return_tensors="pt", padding=True, padding_side="right")
+            # An empty caption still has a place to look at.
+            ids = F.pad(tokens.input_ids, (0, 1), value=tokenizer.pad_token_id)
+            mask = F.pad(tokens.attention_mask, (0, 1), value=1)
+            group |= {"caption_ids": ids, "caption_mask": mask}
+        groups.append(group)
+    return {"groups": groups}
+
+
+def _loss(pipeline: NextFlowRefinerPipeline, texts, shift: float, model, batch: dict) -> ModelOutput:
+    """Mean squared error of the velocity, every picture weighing alike."""
+    total = sum(len(group["pixels"]) for group in batch["groups"])
+    loss, terms = 0.0, {}
+    for group in batch["groups"]:
+        own = _group_loss(pipeline, texts, shift, model, group)
+        loss = loss + own * (len(group["pixels"]) / total)
+        terms.setdefault(f"x{group['upsampling']}_loss", []).append(own.detach())
+    return ModelOutput(loss=loss, **{name: torch.stack(own).mean() for name, own in terms.items()})
+
+
+def _group_loss(pipeline, texts, shift, model, group) -> torch.Tensor:
+    device = next(model.parameters()).device
+    for part in (pipeline.vq_model, pipeline.vae):
+        if part is not None:
+            part.to(device)
+    large, factor = group["pixels"].to(device), group["upsampling"]
+    caption = {name: group[name].to(device) for name in ("caption_ids", "caption_mask") if name in group}
+    with torch.no_grad():
+        # 1. What the tokenizer sees, what it would paint, and what is to be painted.
+        small = F.avg_pool2d(large, 2)
+        encoding = pipeline.vq_model.encode(small)
+        painted = pipeline.vq_model.decode_features(encoding.features).clamp(-1, 1).float()
+        shown = torch.where(group["is_clean"].to(device)[:, None, None, None], small, painted)
+        if factor == 2:
+            shown = F.interpolate(shown, scale_factor=2, mode="bicubic", align_corners=False).clamp(-1, 1)
+        target = pipeline._to_latents(small if factor == 1 else large)
+        condition = refiner_condition(pipeline.vq_model, encoding.codes, encoding.grids)
+        if texts is not None:
+            caption = _states(texts, group["captions"], device)
+        # 2. A place on the way, as the scheduler's shift spreads them.
+        noise = torch.randn_like(target)
+        sigma = torch.sigmoid(torch.randn(len(target), device=device))
+        sigma = (shift * sigma / (1 + (shift - 1) * sigma))[:, None, None, None]
+        sample = (1 - sigma) * target + sigma * noise
+    told = {"condition": condition, "upsampling": factor, **caption}
+    if pipeline.refiner.config.image_condition:
+        told["image"] = pipeline._to_latents(shown)
+    velocity = model(sample, 1000 * sigma.flatten(), **told).sample
+    return F.mse_loss(velocity.float(), (noise - target).float())
+
+
+def _states(texts, captions: list[str], device) -> dict:
+    """The captions' states by a base's own text encoders."""
+    encoded = texts.encode_prompt(captions, captions, device=device)
+    pooled = encoded[1] if type(texts).__name__ == "FluxPipeline" else encoded[2]
+    return {"encoder_hidden_states": encoded[0], "pooled_projections": pooled}
