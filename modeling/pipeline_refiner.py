@@ -190,10 +190,8 @@ class NextFlowRefinerPipeline(DiffusionPipeline):
                 "base's text encoders, for example from `FluxPipeline.encode_prompt`."
             )
         config = self.scheduler.config
-        flows = (
-            type(self.scheduler).__name__.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
-        )
-        if not flows:
+        is_flow = type(self.scheduler).__name__.startswith("FlowMatch")
+        if not is_flow and config.get("prediction_type") != "flow_prediction":
             raise ValueError(
                 f"The refiner predicts velocities of a flow, but {type(self.scheduler).__name__} expects "
                 f"{config.get('prediction_type', 'something else')!r}. Use a FlowMatch scheduler, or one made with "

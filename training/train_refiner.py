@@ -1,4 +1,4 @@
-"""The refiner's stage (NextFlow section 2.3): flow matching on what the tokenizer's codes say, at one size and doubled."""
+"""The refiner's stage (NextFlow section 2.3): flow matching, told what the codes say, at one size and doubled."""
 
 from functools import partial
 from pathlib import Path
@@ -52,8 +52,8 @@ class RefinerDataset(Dataset):
 def train_refiner(recipe: Recipe) -> None:
     """Train a refiner on a frozen tokenizer.
 
-    `init_from`: `vq`; `refiner` to go on from, or `base` (a pipeline of diffusers, Hub id or folder, whose denoiser, VAE
-    and text encoders are taken); `tokenizer` for a refiner that embeds captions itself.
+    `init_from`: `vq`; `refiner` to go on from, or `base` (a pipeline of diffusers, Hub id or folder, whose denoiser,
+    VAE and text encoders are taken); `tokenizer` for a refiner that embeds captions itself.
     `config`: entries of [`NextFlowRefinerModel`]; those that the tokenizer decides are filled in.
     `stage_args`:
 

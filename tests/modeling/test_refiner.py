@@ -120,7 +120,7 @@ def test_every_input_matters_and_rows_do_not_mix(base):
         alone = model(**{name: own[row : row + 1] for name, own in inputs.items()}).sample
         torch.testing.assert_close(alone, whole[row : row + 1], atol=1e-4, rtol=1e-4)
     changed = {**inputs, "caption_ids": inputs["caption_ids"].flip(0)}
-    for name, own in (("sample", None), ("timestep", None), ("condition", None), ("image", None)):
+    for name in ("sample", "timestep", "condition", "image"):
         other = {**inputs, name: inputs[name].flip(0)}
         assert not torch.allclose(model(**other).sample, whole, atol=1e-4), name
     assert not torch.allclose(model(**changed).sample, whole, atol=1e-5)
