@@ -559,12 +559,12 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
     def start_codebook(self, pixel_values: torch.Tensor, generator: torch.Generator) -> None:
         """Put the codes onto encoder outputs of all scales: random ones of these `(batch, 3, H, W)` pictures.
 
-        Scales are visited coarse to fine, each on the residual that the codes chosen so far leave. Frozen codes stay.
+        Scales are visited coarse to fine, each on the residual that the codes chosen so far leave.
         """
         latents, _ = self.latents(pixel_values)
         grids = self._check_grids(None, latents.shape[-2:])
         residual = latents
-        shares = torch.linspace(self.codebook.num_frozen, self.codebook.size, len(grids) + 1).round().long().tolist()
+        shares = torch.linspace(0, self.codebook.size, len(grids) + 1).round().long().tolist()
         for grid, first, end in zip(grids, shares, shares[1:]):
             vectors = self.codebook.normalize(_pool(residual, grid))
             picks = torch.randint(len(vectors), (end - first,), generator=generator)
@@ -572,6 +572,30 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
             table = self.codebook.table()[:end]
             nearest = self.codebook.nearest(vectors, table)[1][:, 0]
             residual = residual - upsample(_to_map(table[nearest], len(latents), grid), latents.shape[-2:])
+
+    @torch.no_grad()
+    def extend_codebook(self, pictures: Sequence[torch.Tensor], generator: torch.Generator) -> None:
+        """Put the codes that are not frozen onto encoder outputs that the frozen ones fit worst.
+
+        Pictures that the frozen codes show well keep their codes that way.
+
+        Args:
+            pictures: Pixels `(batch, 3, H, W)`, a batch for each size.
+            generator: Source of the choice: an output is taken with a weight of its squared distance.
+        """
+        first = self.codebook.num_frozen
+        table = self.codebook.table()[:first]
+        vectors, distances = [], []
+        for pixels in pictures:
+            residual, _ = self.latents(pixels)
+            for grid in self._check_grids(None, residual.shape[-2:]):
+                vectors.append(self.codebook.normalize(_pool(residual, grid)))
+                distance, nearest = self.codebook.nearest(vectors[-1], table)
+                distances.append(distance[:, 0])
+                quantized = _to_map(table[nearest[:, 0]], len(residual), grid)
+                residual = residual - upsample(quantized, residual.shape[-2:])
+        picks = torch.multinomial(torch.cat(distances) ** 2, self.codebook.size - first, generator=generator)
+        self._move_codes(torch.arange(first, self.codebook.size), torch.cat(vectors)[picks])
 
     def _move_codes(self, codes: torch.LongTensor, vectors: torch.Tensor) -> None:
         semantic, pixel = vectors.split([self.config.semantic_dim, self.config.pixel_dim], dim=-1)
@@ -588,12 +612,12 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
             keep[:] = True
         kept = [grid for grid, kept_ in zip(grids, keep.tolist()) if kept_]
         residual, features = latents, 0
-        all_codes, all_vectors, codebook_losses, commitment_losses = [], [], [], []
+        all_codes, all_vectors, all_distances, codebook_losses, commitment_losses = [], [], [], [], []
         table = self.codebook.table().detach()
         for grid in kept:
             vectors = self.codebook.normalize(_pool(residual, grid))
             with torch.no_grad():
-                codes = self.codebook.nearest(vectors, table)[1][:, 0]
+                distances, codes = (own[:, 0] for own in self.codebook.nearest(vectors, table))
             quantized = self.codebook.lookup(codes)
             codebook_losses.append(F.mse_loss(quantized, vectors.detach()))
             commitment_losses.append(F.mse_loss(vectors, quantized.detach()))
@@ -603,14 +627,24 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
             residual = residual - upsampled.detach()
             all_codes.append(codes)
             all_vectors.append(vectors.detach())
+            all_distances.append(distances)
         if self.training:
-            self._revive_dead_codes(torch.cat(all_codes), torch.cat(all_vectors), generator)
+            self._revive_dead_codes(torch.cat(all_codes), torch.cat(all_vectors), torch.cat(all_distances), generator)
         codes = torch.cat([codes.view(len(latents), -1) for codes in all_codes], dim=1)
         return features, codes, torch.stack(codebook_losses).mean(), torch.stack(commitment_losses).mean()
 
     @torch.no_grad()
-    def _revive_dead_codes(self, codes: torch.Tensor, vectors: torch.Tensor, generator: torch.Generator | None):
-        """Track how often each code is chosen; move the unused ones onto current encoder outputs. Frozen codes stay."""
+    def _revive_dead_codes(
+        self,
+        codes: torch.Tensor,
+        vectors: torch.Tensor,
+        distances: torch.Tensor,
+        generator: torch.Generator | None,
+    ):
+        """Track how often each code is chosen; move the unused ones onto current encoder outputs.
+
+        Beside frozen codes, which stay, onto those that all codes fit worst.
+        """
         codebook = self.codebook
         counts = torch.bincount(codes, minlength=codebook.size).to(codebook.usage)
         codebook.usage.lerp_(counts * (codebook.size / codes.numel()), 0.02)
@@ -618,8 +652,11 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         dead = dead[dead >= codebook.num_frozen]
         if len(dead) == 0:
             return
-        picks = torch.randint(len(vectors), (len(dead),), generator=generator).to(vectors.device)
-        self._move_codes(dead, vectors[picks])
+        if codebook.num_frozen:
+            picks = torch.multinomial(distances.cpu() ** 2 + 1e-12, len(dead), replacement=True, generator=generator)
+        else:
+            picks = torch.randint(len(vectors), (len(dead),), generator=generator)
+        self._move_codes(dead, vectors[picks.to(vectors.device)])
 
     # ---- identity and checks -----------------------------------------------------------------------------------------
 

@@ -186,8 +186,8 @@ class NextFlowRefinerPipeline(DiffusionPipeline):
             raise ValueError(f'`output_type` is "pil", "np", "pt" or "latent", got {output_type!r}.')
         if prompt is not None and self.tokenizer is None:
             raise ValueError(
-                "This refiner has no tokenizer for a `prompt`; give `prompt_embeds` (and `pooled_prompt_embeds`) of its "
-                "base's text encoders, for example from `FluxPipeline.encode_prompt`."
+                "This refiner has no tokenizer for a `prompt`; give `prompt_embeds` (and `pooled_prompt_embeds`) of "
+                "its base's text encoders, for example from `FluxPipeline.encode_prompt`."
             )
         config = self.scheduler.config
         is_flow = type(self.scheduler).__name__.startswith("FlowMatch")

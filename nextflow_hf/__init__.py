@@ -18,6 +18,8 @@ _checkpoints = Path(__file__).resolve().parent / "checkpoints"
 MINI = str(_checkpoints / "nextflow-mini")
 """Folder of the bundled checkpoint, for every `from_pretrained`."""
 BUNDLED = {"mini": MINI}
+REFINERS = {"mini": str(_checkpoints / "nextflow-mini-refiner")}
+"""Bundled refiners of what the bundled checkpoints draw."""
 
 _EXPORTS = {
     "NextFlowConfig": "modeling.configuration_nextflow",
@@ -37,7 +39,7 @@ _EXPORTS = {
     "NextFlowImageProcessor": "processing.image_processing_nextflow",
     "NextFlowImageProcessorPil": "processing.image_processing_pil_nextflow",
 }
-__all__ = ["BUNDLED", "MINI", "register", *_EXPORTS]
+__all__ = ["BUNDLED", "MINI", "REFINERS", "register", *_EXPORTS]
 
 
 def __getattr__(name: str):

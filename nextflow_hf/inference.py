@@ -2,7 +2,7 @@
 evaluation share."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForMultimodalLM, AutoProcessor, BatchFeature
 
 from . import BUNDLED
+from .modeling.generation_nextflow import NextFlowImageOutput
 from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from .processing.image_processing_base_nextflow import to_rgb
 from .processing.processing_nextflow import THINK_OPENING, NextFlowProcessor
@@ -73,14 +74,21 @@ def draw(
     seeds: Sequence[int],
     batch_size: int = 64,
     resolution: int | None = None,
+    refine: Callable[[NextFlowImageOutput, Sequence[int]], list[Image.Image]] | None = None,
     **sampling,
 ) -> list[Image.Image]:
-    """One picture answers each conversation, each from its own seed; `sampling` goes to `generate`."""
+    """One picture answers each conversation, each from its own seed; `sampling` goes to `generate`.
+
+    `refine` makes pictures of what `generate` gives and the seeds, in place of the tokenizer's decoder.
+    """
     pictures = []
     for first in tqdm(range(0, len(conversations), batch_size), desc="draw"):
         chosen = slice(first, first + batch_size)
         inputs = prepare(processor, conversations[chosen], resolution)
         output = model.generate(**inputs, generation_mode="image", seed=list(seeds[chosen]), **sampling)
+        if refine is not None:
+            pictures += refine(output, seeds[chosen])
+            continue
         pictures += processor.post_process_multimodal_output(output, generation_mode="image")
     return pictures
 

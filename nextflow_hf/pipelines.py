@@ -1,4 +1,6 @@
-"""`pipeline("any-to-any")` without torchvision, and `pipeline("text-to-image")`."""
+"""`pipeline("any-to-any")` without torchvision, and `pipeline("text-to-image")`, which a refiner may follow."""
+
+import copy
 
 from transformers import AnyToAnyPipeline, GenerationConfig, Pipeline
 
@@ -66,7 +68,12 @@ class TextToImagePipeline(Pipeline):
     """Draws pictures of prompts: `pipeline("text-to-image", model=...)("a red circle", seed=7)`.
 
     A string gives one `PIL.Image.Image`, a list of strings a list of them. Keyword arguments are those of `generate`
-    in image mode, and `negative_prompt`: text that guidance leads away from.
+    in image mode, and
+
+    * `negative_prompt`: text that guidance leads away from;
+    * `refiner`: "mini", a folder, a Hub id or a [`NextFlowRefinerPipeline`] that paints what was drawn anew, here or
+      for every call where it is given to `pipeline(...)`; `drawing | refiner` is the same;
+    * `refining`: what the refiner takes, such as `{"strength": 0.6, "num_inference_steps": 8, "upsampling": 2}`.
     """
 
     _load_processor = True
@@ -76,18 +83,38 @@ class TextToImagePipeline(Pipeline):
     _pipeline_calls_generate = True
     default_generation_config = GenerationConfig()
 
-    def _sanitize_parameters(self, negative_prompt: str | None = None, **kwargs):
+    def __or__(self, refiner) -> "TextToImagePipeline":
+        """This pipeline with a refiner behind it."""
+        both = copy.copy(self)
+        both._postprocess_params = {**self._postprocess_params, **self._refining(refiner, None)}
+        return both
+
+    def _refining(self, refiner, refining: dict | None) -> dict:
+        """What `postprocess` takes of a refiner."""
+        own = {} if refining is None else {"refining": refining}
+        if refiner is not None:
+            # Here and not above: diffusers' pipelines take seconds to import.
+            from .refining import load_refiner
+
+            own["refiner"] = load_refiner(refiner, self.model.vq_model)
+        return own
+
+    def _sanitize_parameters(self, negative_prompt: str | None = None, refiner=None, refining=None, **kwargs):
         unknown = set(kwargs) - {*_DRAWING_ARGUMENTS, "generate_kwargs"}
         if unknown:
             raise ValueError(
                 f"A text-to-image pipeline does not know {sorted(unknown)}; it takes "
-                f"{('negative_prompt', *_DRAWING_ARGUMENTS)}."
+                f"{('negative_prompt', 'refiner', 'refining', *_DRAWING_ARGUMENTS)}."
             )
         preprocess = {} if negative_prompt is None else {"negative_prompt": negative_prompt}
-        return preprocess, {**kwargs.pop("generate_kwargs", {}), **kwargs}, {}
+        drawing = {**kwargs.pop("generate_kwargs", {}), **kwargs}
+        after = self._refining(refiner, refining)
+        if isinstance(drawing.get("seed"), int):
+            after["seed"] = drawing["seed"]
+        return preprocess, drawing, after
 
     def preprocess(self, prompt: str, negative_prompt: str | None = None):
-        inputs = _chat_inputs(self.processor, prompt)
+        inputs = {**_chat_inputs(self.processor, prompt), "prompt": prompt}
         if negative_prompt is not None:
             negative = _chat_inputs(self.processor, negative_prompt)
             inputs["negative_prompt_ids"] = negative["input_ids"]
@@ -95,10 +122,17 @@ class TextToImagePipeline(Pipeline):
         return inputs
 
     def _forward(self, model_inputs, **drawing):
-        return {"output": self.model.generate(**model_inputs, generation_mode="image", **drawing)}
+        prompt = model_inputs.pop("prompt")
+        return {"output": self.model.generate(**model_inputs, generation_mode="image", **drawing), "prompt": prompt}
 
-    def postprocess(self, model_outputs):
-        return self.processor.post_process_multimodal_output(model_outputs["output"], generation_mode="image")[0]
+    def postprocess(self, model_outputs, refiner=None, refining: dict | None = None, seed: int | None = None):
+        output = model_outputs["output"]
+        if refiner is None:
+            return self.processor.post_process_multimodal_output(output, generation_mode="image")[0]
+        from .refining import refine_drawn
+
+        seeds = None if seed is None else [seed]
+        return refine_drawn(refiner, output, [model_outputs["prompt"]], seeds, **(refining or {}))[0]
 
 
 def _chat_inputs(processor, prompt: str, images=()) -> dict:

@@ -1,9 +1,16 @@
 """Models of a few thousand parameters with every part of the real ones."""
 
+from pathlib import Path
+
 import torch
+from transformers import GenerationConfig
 
 from nextflow_hf.modeling.configuration_nextflow import NextFlowConfig
 from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
+from nextflow_hf.processing.image_processing_base_nextflow import buckets_from_schedule
+from nextflow_hf.processing.image_processing_pil_nextflow import NextFlowImageProcessorPil
+from nextflow_hf.processing.processing_nextflow import NextFlowProcessor
+from nextflow_hf.processing.tokenization_nextflow import train_tokenizer
 
 
 def small_config(levels: tuple[int, ...] = (2, 4), **overrides) -> NextFlowConfig:
@@ -67,3 +74,20 @@ def small_model(seed: int = 0, **overrides) -> NextFlowForConditionalGeneration:
         torch.nn.init.normal_(model.lm_head.weight, std=0.5)
         torch.nn.init.normal_(model.model.scale_embedding.scale.weight, std=0.5)
     return model
+
+
+def save_small_checkpoint(folder: Path) -> None:
+    """Save a random model with its processor, as a user would have it."""
+    tokenizer = train_tokenizer(["user\na red circle", "assistant\na star"] * 50, 320)
+    text = {**small_model().config.text_config.to_dict(), "vocab_size": 320 + 32, "rope_parameters": None}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    model = small_model(text_config=text, code_start_id=320)
+    model.config.codebook_fingerprint = model.vq_model.fingerprint()
+    model.generation_config = GenerationConfig(
+        eos_token_id=2, pad_token_id=0, image_top_k=5, image_guidance_scale=1.0, max_new_tokens=6
+    )
+    image_processor = NextFlowImageProcessorPil(
+        buckets=buckets_from_schedule(model.config.schedule), resolution=32, downsample=8
+    )
+    model.save_pretrained(folder)
+    NextFlowProcessor(image_processor, tokenizer).save_pretrained(folder)

@@ -128,7 +128,11 @@ def train_vq(recipe: Recipe) -> None:
         parameter.requires_grad_(name.split(".")[0] in _TRAINED_PARTS[phase])
     if phase == "joint" and codebook != "go on":
         batches = by_size([source.image(index) for index in range(256)])
-        model.start_codebook(max(batches, key=len), torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        if codebook == "extend":
+            model.extend_codebook(batches, generator)
+        else:
+            model.start_codebook(batches[0], generator)
     model.to(memory_format=torch.channels_last)
 
     # 2. Reconstruct pixels and the frozen teacher's features.

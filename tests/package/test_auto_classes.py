@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_models import small_model
+from small_models import save_small_checkpoint
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -18,32 +18,17 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
     AutoTokenizer,
-    GenerationConfig,
     pipeline,
 )
 
 import nextflow_hf
-from nextflow_hf.processing.image_processing_base_nextflow import buckets_from_schedule
-from nextflow_hf.processing.tokenization_nextflow import train_tokenizer
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A saved random model with its processor, as a user would have it."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = train_tokenizer(["user\na red circle", "assistant\na star"] * 50, 320)
-    text = {**small_model().config.text_config.to_dict(), "vocab_size": 320 + 32, "rope_parameters": None}
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-    model = small_model(text_config=text, code_start_id=320)
-    model.config.codebook_fingerprint = model.vq_model.fingerprint()
-    model.generation_config = GenerationConfig(
-        eos_token_id=2, pad_token_id=0, image_top_k=5, image_guidance_scale=1.0, max_new_tokens=6
-    )
-    image_processor = nextflow_hf.NextFlowImageProcessorPil(
-        buckets=buckets_from_schedule(model.config.schedule), resolution=32, downsample=8
-    )
-    model.save_pretrained(folder)
-    nextflow_hf.NextFlowProcessor(image_processor, tokenizer).save_pretrained(folder)
+    save_small_checkpoint(folder)
     return folder
 
 
