@@ -61,6 +61,7 @@ def train_refiner(recipe: Recipe) -> None:
     * `lora` (arguments of `peft.LoraConfig`): the base is adapted, and what is new is trained whole; `final` is merged;
     * `doubled`: share of the pictures that are painted at twice the size that the tokenizer sees;
     * `caption_dropout`: share without a caption;
+    * `gradient_checkpointing`: whether activations are computed again instead of kept;
     * `shift`: of the scheduler, above 1 for more steps in the noise.
 
     The source's pictures are of twice the size that the tokenizer sees.
@@ -100,6 +101,8 @@ def train_refiner(recipe: Recipe) -> None:
 
         model.add_adapter(LoraConfig(**stage["lora"]))
         _train_what_is_new(model)
+    if stage.get("gradient_checkpointing"):
+        model.enable_gradient_checkpointing()
     shift = stage.get("shift", 1.0)
     pipeline = NextFlowRefinerPipeline(
         model, FlowMatchEulerDiscreteScheduler(shift=shift), vq_model, vae=vae, tokenizer=tokenizer

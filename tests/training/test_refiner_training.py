@@ -191,7 +191,11 @@ def test_a_base_of_flux_is_taken_from_its_pipeline(parts, tmp_path):
         tmp_path / "run",
         steps=2,
         config={"condition_channels": 4, "projector": "mlp"},
-        stage_args={"base_pipeline": "FluxPipeline", "lora": {"r": 2, "target_modules": ["to_q"]}, "ema_decay": 0.5},
+        stage_args={
+            "base_pipeline": "FluxPipeline",
+            "lora": {"r": 2, "target_modules": ["to_q"]},
+            "gradient_checkpointing": True,
+        },
     )
     run_recipe(own)
     refiner = NextFlowRefinerPipeline.from_pretrained(tmp_path / "run" / "final")
