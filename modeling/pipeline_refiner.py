@@ -293,8 +293,9 @@ def register_with_diffusers() -> None:
     known = {name: ["save_pretrained", "from_pretrained"] for name in ("NextFlowRefinerModel", "NextFlowVQModel")}
     loading.LOADABLE_CLASSES.setdefault(library, {}).update(known)
     loading.ALL_IMPORTABLE_CLASSES.update(known)
-    # `DiffusionPipeline.from_pretrained` looks pipelines up there.
+    # `DiffusionPipeline.from_pretrained` and `AutoModel.from_pretrained` look classes up there.
     diffusers.NextFlowRefinerPipeline = NextFlowRefinerPipeline
+    diffusers.NextFlowRefinerModel = NextFlowRefinerModel
 
 
 register_with_diffusers()

@@ -1,5 +1,6 @@
 """The refiner: a denoiser of diffusers' told what the codes say, and its pipeline."""
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -417,3 +418,88 @@ def test_memory_savers_change_nothing(pipeline):
 
 def test_exported_at_the_top():
     assert {"NextFlowRefinerModel", "NextFlowRefinerPipeline"} <= set(nextflow_hf.__all__)
+
+
+# ---- what diffusers' common tests ask of models and pipelines (its distribution has no tests) ------------------------
+
+
+@pytest.mark.parametrize("base", sorted(BASES))
+def test_a_model_is_saved_whole_sharded_as_a_variant_and_in_half(base, tmp_path):
+    model = build_refiner(base)
+    inputs = inputs_of(model)
+    expected = model(**inputs).sample
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    model.save_pretrained(tmp_path / "variant", variant="fp16")
+    for name, variant in (("whole", None), ("sharded", None), ("variant", "fp16")):
+        loaded = NextFlowRefinerModel.from_pretrained(tmp_path / name, variant=variant)
+        assert all(loaded.config[key] == own for key, own in model.config.items() if not key.startswith("_"))
+        torch.testing.assert_close(loaded(**inputs).sample, expected, atol=1e-5, rtol=1e-5)
+    half = NextFlowRefinerModel.from_pretrained(tmp_path / "whole", torch_dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    halved = {name: own.bfloat16() if own.is_floating_point() else own for name, own in inputs.items()}
+    assert (half(**halved).sample.float() - expected).abs().mean() < 0.1 * expected.abs().mean()
+    loaded = diffusers.AutoModel.from_pretrained(tmp_path, subfolder="whole")
+    assert isinstance(loaded, NextFlowRefinerModel)
+
+
+@pytest.mark.parametrize("base", sorted(BASES))
+def test_a_tuple_is_the_same_and_checkpointing_changes_no_gradient(base):
+    model = build_refiner(base).train()
+    inputs = inputs_of(model)
+    (as_tuple,) = model(**inputs, return_dict=False)
+    assert torch.equal(as_tuple, model(**inputs).sample)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model.zero_grad()
+        model(**inputs).sample.square().mean().backward()
+        gradients.append({name: own.grad.clone() for name, own in model.named_parameters() if own.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, own in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], own, atol=1e-5, rtol=1e-4)
+
+
+def test_an_adapter_is_saved_loaded_fused_and_removed(tmp_path):
+    from peft import LoraConfig
+
+    model = build_refiner()
+    inputs = inputs_of(model)
+    plain = model(**inputs).sample
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    adapted = model(**inputs).sample
+    assert not torch.allclose(adapted, plain, atol=1e-4)
+    model.save_lora_adapter(tmp_path)
+    other = build_refiner()
+    other.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
+    torch.testing.assert_close(other(**inputs).sample, adapted, atol=1e-5, rtol=1e-5)
+    other.fuse_lora()
+    torch.testing.assert_close(other(**inputs).sample, adapted, atol=1e-4, rtol=1e-4)
+    model.unload_lora()
+    torch.testing.assert_close(model(**inputs).sample, plain, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pipeline_is_made_of_parts_and_from_another(vq_model):
+    pipeline = build_pipeline(vq_model)
+    options = {"num_inference_steps": 2, "output_type": "pt"}
+    expected = pipeline(pictures(), generator=generator(0), **options).images
+    same = NextFlowRefinerPipeline(**pipeline.components)
+    same.set_progress_bar_config(disable=True)
+    assert torch.equal(same(pictures(), generator=generator(0), **options).images, expected)
+    other = NextFlowRefinerPipeline.from_pipe(pipeline)
+    other.set_progress_bar_config(disable=True)
+    assert torch.equal(other(pictures(), generator=generator(0), **options).images, expected)
+    assert pipeline.to(torch.float64).refiner.dtype == torch.float64
+    pipeline.to(torch.float32)
+
+
+def test_parts_that_are_left_out_stay_out(vq_model, tmp_path):
+    pipeline = NextFlowRefinerPipeline(build_refiner(), FlowMatchEulerDiscreteScheduler(), vq_model)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(tmp_path)
+    loaded = NextFlowRefinerPipeline.from_pretrained(tmp_path)
+    assert loaded.vae is None and loaded.tokenizer is None
+    other = NextFlowRefinerPipeline.from_pretrained(tmp_path, tokenizer=build_tokenizer(), vq_model=vq_model)
+    assert other.tokenizer is not None and other.vq_model is vq_model
