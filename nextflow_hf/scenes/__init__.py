@@ -4,7 +4,7 @@ from .calibration import calibrate
 from .captions import Facts, Group, caption, caption_with_places, describe, facts_match, is_complete, parse
 from .prompts import ScenePrompt, make_prompts, scene_for
 from .referee import Reading, Referee, SeenObject, Verdict
-from .rewards import ScenePrompts, objects_f1, scene_reward, word_reward
+from .rewards import ScenePrompts, WordPrompts, objects_f1, scene_reward, word_reward
 from .sampling import CATEGORIES, SPLITS, sample_scene
 from .signs import ReadSign, Sign, SignReader, draw_sign, render_sign, transcript, words_of_sign
 from .source import QUESTION, READ_QUESTION, SceneRecords, SceneSource, SignSource
@@ -38,6 +38,7 @@ __all__ = [
     "SignSource",
     "TaskRecords",
     "Verdict",
+    "WordPrompts",
     "calibrate",
     "caption",
     "caption_with_places",

@@ -7,7 +7,7 @@ from .captions import Facts, facts_match, parse
 from .prompts import make_prompts
 from .referee import Reading, Referee
 from .sampling import CATEGORIES
-from .signs import SignReader
+from .signs import SignReader, draw_sign, words_of_sign
 from .world import lattice_for
 
 
@@ -32,6 +32,33 @@ class ScenePrompts:
             {"id": f"{category} {index}", "prompt": [{"role": "user", "content": own.text}]}
             for category in categories
             for index, own in enumerate(make_prompts(category, per_category, split, seed))
+        ]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.rows[index]
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+class WordPrompts:
+    """Prompts for a word in a picture, for reinforcement learning: rows of `id`, `prompt` and `words`.
+
+    Args:
+        number: How many.
+        split: "train" writes strings of letters and numbers; see `draw_sign`.
+        seed: Different seeds give different words.
+    """
+
+    def __init__(self, number: int = 1000, split: str = "train", seed: int = 0):
+        rng = np.random.default_rng(seed)
+        signs = [draw_sign(rng, split, document_share=0.0) for _ in range(number)]
+        self.rows = [
+            {"id": f"word {index}", "prompt": [{"role": "user", "content": words_of_sign(own, rng)}], "words": own.text}
+            for index, own in enumerate(signs)
         ]
 
     def __len__(self) -> int:

@@ -11,12 +11,14 @@ from nextflow_hf.scenes import (
     SceneObject,
     SignReader,
     TaskRecords,
+    WordPrompts,
     draw_sign,
     facts_match,
     parse,
     render,
     render_sign,
     sample_scene,
+    word_reward,
 )
 from nextflow_hf.scenes.edits import KINDS as EDITS
 from nextflow_hf.scenes.edits import Rule, draw_edit, draw_edits, has_room
@@ -224,6 +226,16 @@ def test_the_reader_reads_what_was_written(split):
         sign = draw_sign(rng, split)
         noisy = np.clip(render_sign(sign) + rng.normal(0, 10, (*sign.size, 3)), 0, 255).astype(np.uint8)
         assert reader.read(noisy).shows(sign), sign
+
+
+def test_prompts_for_words_are_rewarded_for_just_those_words():
+    prompts = WordPrompts(20, seed=3)
+    for row in prompts:
+        assert f'"{row["words"]}"' in row["prompt"][0]["content"] and row["words"] not in WORDS
+    wanted = [row["words"] for row in prompts]
+    drawn = [Image.fromarray(render_sign(Sign(word, "red"))) for word in wanted]
+    assert word_reward([row["prompt"] for row in prompts], drawn, wanted) == [1.0] * 20
+    assert max(word_reward([None] * 19, drawn[1:], ["QZJ"] * 19)) < 0.7
 
 
 def test_the_reader_does_not_guess():
