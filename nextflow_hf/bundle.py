@@ -8,16 +8,17 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from . import BUNDLED
+from . import BUNDLED, REFINERS, NextFlowRefinerPipeline
 from .evaluation import evaluate_scenes, table
 from .inference import load
-from .model_card import model_card
+from .model_card import model_card, refiner_card
 from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from .modeling.modeling_nextflow_vq import NextFlowVQModel
+from .refining import load_refiner
 from .training.stage_trainer import save_whole
 from .training.train_decoder import processor_for
 
-MAX_BYTES = 40 * 10**6
+MAX_BYTES, MAX_REFINER_BYTES = 40 * 10**6, 12 * 10**6
 _LOG = "training_log.json"
 
 
@@ -80,11 +81,46 @@ def bundle(runs: Path, name: str, decoder: str, **evaluation) -> dict:
     return result
 
 
+def bundle_refiner(run: Path, name: str) -> Path:
+    """Put a refiner's run into the box: its pipeline with the denoiser in half precision, its log and its card.
+
+    Args:
+        run: Folder of the run.
+        name: A name of `REFINERS`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If it is too large, or was trained on another tokenizer than the checkpoint's of that name.
+    """
+    target = Path(REFINERS[name])
+    pipeline = NextFlowRefinerPipeline.from_pretrained(run / "final")
+    load_refiner(pipeline, load(name)[0].vq_model)
+    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    card = refiner_card(name, pipeline)
+
+    def save(folder: Path) -> None:
+        pipeline.refiner.to(torch.float16)
+        pipeline.save_pretrained(folder)
+        _drop_code(folder / "vq_model")
+        (folder / _LOG).write_text(json.dumps({run.name: log}, indent=1) + "\n")
+        (folder / "README.md").write_text(card.content)
+        size = sum(path.stat().st_size for path in folder.rglob("*"))
+        if size > MAX_REFINER_BYTES:
+            raise ValueError(f"The refiner has {size / 1e6:.1f} MB; {MAX_REFINER_BYTES / 1e6:.0f} MB at most.")
+
+    save_whole(target, save)
+    return target
+
+
 def _drop_code(folder: Path) -> None:
     """Inside the package a checkpoint needs no copy of the code beside it."""
     for module in folder.glob("*.py"):
         module.unlink()
     for name in ("config.json", "processor_config.json"):
+        if not (folder / name).is_file():
+            continue
         content = json.loads((folder / name).read_text())
         content.pop("auto_map", None)
         content.get("image_processor", {}).pop("auto_map", None)
@@ -93,14 +129,18 @@ def _drop_code(folder: Path) -> None:
 
 
 def main() -> None:
-    """`python -m nextflow_hf.bundle RUNS NAME DECODER`."""
+    """`python -m nextflow_hf.bundle RUNS NAME RUN`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", type=Path)
     parser.add_argument("name", choices=BUNDLED)
     parser.add_argument("decoder", help="name of the run")
+    parser.add_argument("--refiner", action="store_true", help="the run is a refiner's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.refiner:
+        print(bundle_refiner(args.runs / args.decoder, args.name))
+        return
     print(table(bundle(args.runs, args.name, args.decoder)))
 
 

@@ -1,5 +1,5 @@
 """`make demo`: draws a contact sheet, shows a picture sharpening scale by scale, describes pictures, answers questions
-about them, edits others, thinks before it draws, and tells a story."""
+about them, edits others, thinks before it draws, tells a story, and refines a picture."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from .chat import write_story
 from .files import save_picture, write_whole
 from .inference import answer, describe_pictures, draw, draw_prompts, load, tell, user
+from .refining import load_refiner, refine_drawn
 from .scenes import SceneSource, render, sample_scene
 from .scenes.edits import draw_edit
 
@@ -27,6 +28,7 @@ QUESTIONS = ("how many objects are there?", "what color is the background?")
 EDITS = 8
 RIDDLE = "as many red circles as one plus two"
 STORY = "tell a story of a small red circle in three pictures"
+REFINED = "a yellow triangle and a purple cross"
 SEEDS = 4
 _TILE, _MARGIN, _CAPTION = 128, 8, 34
 
@@ -100,6 +102,20 @@ def run_demo(folder: Path) -> None:
     _write(RIDDLE, parts, folder / "riddle")
     (parts,) = tell(model, processor, [[user(STORY)]], [0])
     _write(STORY, parts, folder / "story")
+
+    # 6. One picture as the tokenizer's decoder paints it, and as the refiner does at twice the size.
+    refiner = load_refiner("mini", model.vq_model)
+    (plain,) = draw_prompts(model, processor, [REFINED], [0])
+    (large,) = draw_prompts(
+        model,
+        processor,
+        [REFINED],
+        [0],
+        refine=lambda output, seeds: refine_drawn(refiner, output, [REFINED], seeds, upsampling=2),
+    )
+    pair = [own.resize((256, 256), Image.Resampling.NEAREST) for own in (plain, large)]
+    save_picture(Image.fromarray(np.concatenate([np.asarray(own) for own in pair], axis=1)), folder / "refined.png")
+    print(f"{folder / 'refined.png'}: {REFINED!r}, drawn, and refined to twice the size")
 
 
 def _write(prompt: str, parts: list, folder: Path) -> None:

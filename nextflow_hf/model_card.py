@@ -114,3 +114,38 @@ def model_card(name: str, model, result: dict) -> ModelCard:
         codes=config.vq_config.codebook_size,
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+_REFINER_BODY = """\
+# nextflow-{name}-refiner
+
+The optional diffusion decoder of `nextflow-{name}` (NextFlow, arXiv 2601.02204, section 2.3): told what the codes of a
+picture say, it paints the picture anew, at its own size or twice as large. Trained from scratch by
+[NextFlow-HF](https://github.com/nextflow-hf/nextflow-hf), an independent open implementation; not a checkpoint of the
+paper's authors. It knows the world of `nextflow-{name}`, *scenes*, and nothing else.
+
+```python
+import nextflow_hf
+from transformers import pipeline
+
+draw = pipeline("text-to-image", model=nextflow_hf.MINI) | "{name}"
+draw("a red circle", seed=7, refining={{"upsampling": 2}}).save("large.png")
+```
+
+{parameters:.1f} million parameters in the denoiser, in half precision; `vq_model` is the tokenizer whose codes it was
+trained on ({fingerprint}). What it gains and what it costs in measured numbers: `docs/refiner.md` of the package, made
+by `python benchmarks/refiner.py`. Trained on a CPU with the recipe `mini-refiner`; `training_log.json` has the losses.
+"""
+
+
+def refiner_card(name: str, pipeline) -> ModelCard:
+    """The card of a bundled refiner."""
+    data = ModelCardData(
+        license="apache-2.0", library_name="diffusers", pipeline_tag="image-to-image", tags=["nextflow"]
+    )
+    body = _REFINER_BODY.format(
+        name=name,
+        parameters=sum(own.numel() for own in pipeline.refiner.parameters()) / 1e6,
+        fingerprint=pipeline.vq_model.fingerprint(),
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")

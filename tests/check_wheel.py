@@ -16,6 +16,7 @@ import nextflow_hf.modeling.scale_schedule as schedule, nextflow_hf.scenes, next
 assert {folder!r} in schedule.__file__
 recipe.load_recipe("mini-decoder")
 AutoModelForMultimodalLM.from_pretrained(nextflow_hf.MINI)
+nextflow_hf.NextFlowRefinerPipeline.from_pretrained(nextflow_hf.REFINERS["mini"])
 """
 
 

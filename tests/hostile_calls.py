@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from small_models import small_model
 
@@ -53,6 +54,23 @@ class Bench:
         return self.processor.apply_chat_template(
             [{"role": "user", "content": list(content)}], tokenize=True, return_dict=True, return_tensors="pt"
         )
+
+    def refine(self, image=None, scheduler=None, **kwargs):
+        unet = {
+            "block_out_channels": [8, 16],
+            "layers_per_block": 1,
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+            "cross_attention_dim": 8,
+            "attention_head_dim": 2,
+            "norm_num_groups": 4,
+        }
+        refiner = nextflow_hf.NextFlowRefinerModel(base_config=unet, semantic_dim=6, pixel_dim=4, feature_dim=16)
+        pipeline = nextflow_hf.NextFlowRefinerPipeline(
+            refiner, scheduler or FlowMatchEulerDiscreteScheduler(), self.model.vq_model
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline(image, **kwargs)
 
     def forward(self, **kwargs):
         own = {
@@ -142,6 +160,14 @@ CALLS = {
     "NaN pixels from the model": lambda b: b.processor.post_process_multimodal_output(
         torch.full((1, 3, 8, 8), torch.nan), generation_mode="image"
     ),
+    "nothing to refine": lambda b: b.refine(),
+    "codes to refine without their scales": lambda b: b.refine(codes=torch.zeros(1, 30, dtype=torch.long)),
+    "a picture to refine of 30x32 pixels": lambda b: b.refine(Image.new("RGB", (32, 30))),
+    "NaN pixels to refine": lambda b: b.refine(torch.full((1, 3, 32, 32), torch.nan)),
+    "more than all of a picture painted anew": lambda b: b.refine(Image.new("RGB", (32, 32)), strength=1.5),
+    "refining to four times the size": lambda b: b.refine(Image.new("RGB", (32, 32)), upsampling=4),
+    "refining by a scheduler of another kind": lambda b: b.refine(Image.new("RGB", (32, 32)), DDIMScheduler()),
+    "a caption for a refiner without a tokenizer": lambda b: b.refine(Image.new("RGB", (32, 32)), prompt="a star"),
     "a recipe that does not exist": lambda b: load_recipe("mini-decodr"),
 }
 

@@ -1,6 +1,5 @@
 """The tokenizer's stages (NextFlow section 3.1): teacher, pixel branch alone, both branches, pixel decoder alone."""
 
-import copy
 from pathlib import Path
 
 import numpy as np
@@ -84,55 +83,33 @@ def train_vq(recipe: Recipe) -> None:
     """Train the tokenizer.
 
     `stage_args`: `phase`: "pixel" (reconstruction alone, not quantized), "joint" (everything), or "decoder" (the pixel
-    decoder alone); `codebook`: what the joint phase does with the codes that are there: "new" (default) makes others,
-    "go on" trains them, "extend" keeps them and trains those that a larger `vq.codebook_size` in `config` adds, so that
-    a decoder that draws with them goes on drawing. `init_from`: `teacher`, and `vq` to go on from; without a teacher
-    that tokenizer's own semantic encoder, as it stands, is the teacher.
+    decoder alone); `new_codebook`: false where the joint phase goes on with the codes that are there. `init_from`:
+    `teacher`, and `vq` to go on from. `config` may name another `vq.codebook_size` in the joint phase.
     """
     phase = recipe.stage_args.get("phase", "joint")
     if phase not in _TRAINED_PARTS:
         raise ValueError(f"A tokenizer's phase is one of {sorted(_TRAINED_PARTS)}, got {phase!r}.")
-    codebook = recipe.stage_args.get("codebook", "new")
-    if codebook not in _CODEBOOKS:
-        raise ValueError(f"A codebook is one of {_CODEBOOKS}, got {codebook!r}.")
-    if not {"teacher", "vq"} & set(recipe.init_from):
-        raise ValueError("A tokenizer starts from a `teacher` or goes on from a `vq`; `init_from` names neither.")
     source = load_source(recipe.source)
 
     # 1. The tokenizer of the stage before, or a new one whose semantic branch starts as its teacher.
-    if "teacher" in recipe.init_from:
-        teacher = Siglip2VisionModel.from_pretrained(recipe.init_from["teacher"], vision_use_head=False)
+    teacher = Siglip2VisionModel.from_pretrained(recipe.init_from["teacher"], vision_use_head=False)
+    teacher.requires_grad_(False).eval()
     if "vq" in recipe.init_from:
         model = NextFlowVQModel.from_pretrained(recipe.init_from["vq"])
-        if "teacher" not in recipe.init_from:
-            teacher = copy.deepcopy(model.semantic_encoder)
         for name, value in recipe.config.items():
             setattr(model.config, name.removeprefix("vq."), value)
-        earlier = model.codebook
-        if earlier.size != model.config.codebook_size:
-            if phase != "joint" or codebook == "go on":
-                raise ValueError(
-                    'Only the phase "joint" changes the number of codes, with `codebook` "new" or "extend"; leave '
-                    "`vq.codebook_size` out."
-                )
+        if model.codebook.size != model.config.codebook_size:
+            if phase != "joint":
+                raise ValueError('Only the phase "joint" makes a new codebook; leave `vq.codebook_size` out.')
             model.codebook = DualCodebook(model.config)
-            if codebook == "extend":
-                model.codebook.freeze_rows(earlier)
-        elif codebook == "extend":
-            raise ValueError(f"To extend {earlier.size} codes, `config` names a larger `vq.codebook_size`.")
     else:
         model = NextFlowVQModel(vq_config_of(recipe))
         model.semantic_encoder.load_state_dict(teacher.state_dict())
-    teacher.requires_grad_(False).eval()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.split(".")[0] in _TRAINED_PARTS[phase])
-    if phase == "joint" and codebook != "go on":
-        batches = by_size([source.image(index) for index in range(256)])
-        generator = torch.Generator().manual_seed(0)
-        if codebook == "extend":
-            model.extend_codebook(batches, generator)
-        else:
-            model.start_codebook(batches[0], generator)
+    if phase == "joint" and recipe.stage_args.get("new_codebook", True):
+        batch, *_ = by_size([source.image(index) for index in range(256)])
+        model.start_codebook(batch, torch.Generator().manual_seed(0))
     model.to(memory_format=torch.channels_last)
 
     # 2. Reconstruct pixels and the frozen teacher's features.
@@ -173,7 +150,6 @@ def _mean_losses(outputs: list[NextFlowVQOutput], pictures: list[int]) -> NextFl
     )
 
 
-_CODEBOOKS = ("new", "go on", "extend")
 _PIXEL_PARTS = {"pixel_encoder", "pixel_proj", "post_pixel_proj", "pixel_decoder"}
 _TRAINED_PARTS = {
     "pixel": _PIXEL_PARTS,
