@@ -61,6 +61,7 @@ class NextFlowVQOutput(ModelOutput):
         semantic_reconstruction (`torch.FloatTensor` of shape `(batch, height * width, hidden_size)`):
             Decoded semantic features.
         codes (`torch.LongTensor` of shape `(batch, num_codes)`): Codes of the scales that were kept.
+        latents (`torch.FloatTensor` of shape `(batch, code_dim, height, width)`): What was quantized.
     """
 
     loss: torch.FloatTensor | None = None
@@ -71,6 +72,7 @@ class NextFlowVQOutput(ModelOutput):
     reconstruction: torch.FloatTensor | None = None
     semantic_reconstruction: torch.FloatTensor | None = None
     codes: torch.LongTensor | None = None
+    latents: torch.FloatTensor | None = None
 
 
 def upsample(features: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -104,11 +106,31 @@ class DualCodebook(nn.Module):
         self.pixel = nn.Embedding(config.codebook_size, config.pixel_dim)
         # Moving average of how often a code is chosen, in multiples of its fair share. Training only.
         self.register_buffer("usage", torch.ones(config.codebook_size))
+        # Codes before this one stay as they are while the others are trained. Training only.
+        self.num_frozen = 0
 
     @property
     def size(self) -> int:
         """Number of codes."""
         return self.semantic.num_embeddings
+
+    @torch.no_grad()
+    def freeze_rows(self, earlier: "DualCodebook") -> None:
+        """Begin with the codes of an `earlier` codebook, and keep them: training moves the ones behind them alone.
+
+        Raises:
+            ValueError: If the earlier codebook is larger.
+        """
+        if earlier.size > self.size:
+            raise ValueError(f"{self.size} codes cannot begin with {earlier.size}.")
+        self.num_frozen = earlier.size
+        for name in ("semantic", "pixel"):
+            weight = getattr(self, name).weight
+            weight[: earlier.size] = getattr(earlier, name).weight
+            weight.register_hook(self._without_frozen_rows)
+
+    def _without_frozen_rows(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.index_fill(0, torch.arange(self.num_frozen, device=gradient.device), 0.0)
 
     def table(self) -> torch.Tensor:
         """All codes, float32 of shape `(codebook_size, code_dim)`."""
@@ -532,6 +554,7 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
             reconstruction=reconstruction,
             semantic_reconstruction=decoded_semantic,
             codes=codes,
+            latents=latents,
         )
         return output if return_dict in (None, True) else output.to_tuple()
 
@@ -553,6 +576,30 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
             nearest = self.codebook.nearest(vectors, table)[1][:, 0]
             residual = residual - upsample(_to_map(table[nearest], len(latents), grid), latents.shape[-2:])
 
+    @torch.no_grad()
+    def extend_codebook(self, pictures: Sequence[torch.Tensor], generator: torch.Generator) -> None:
+        """Put the codes that are not frozen onto encoder outputs that the frozen ones fit worst.
+
+        Pictures that the frozen codes show well keep their codes that way.
+
+        Args:
+            pictures: Pixels `(batch, 3, H, W)`, a batch for each size.
+            generator: Source of the choice: an output is taken with a weight of its squared distance.
+        """
+        first = self.codebook.num_frozen
+        table = self.codebook.table()[:first]
+        vectors, distances = [], []
+        for pixels in pictures:
+            residual, _ = self.latents(pixels)
+            for grid in self._check_grids(None, residual.shape[-2:]):
+                vectors.append(self.codebook.normalize(_pool(residual, grid)))
+                distance, nearest = self.codebook.nearest(vectors[-1], table)
+                distances.append(distance[:, 0])
+                quantized = _to_map(table[nearest[:, 0]], len(residual), grid)
+                residual = residual - upsample(quantized, residual.shape[-2:])
+        picks = torch.multinomial(torch.cat(distances) ** 2, self.codebook.size - first, generator=generator)
+        self._move_codes(torch.arange(first, self.codebook.size), torch.cat(vectors)[picks])
+
     def _move_codes(self, codes: torch.LongTensor, vectors: torch.Tensor) -> None:
         semantic, pixel = vectors.split([self.config.semantic_dim, self.config.pixel_dim], dim=-1)
         self.codebook.semantic.weight[codes] = semantic.to(self.codebook.semantic.weight)
@@ -568,12 +615,12 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
             keep[:] = True
         kept = [grid for grid, kept_ in zip(grids, keep.tolist()) if kept_]
         residual, features = latents, 0
-        all_codes, all_vectors, codebook_losses, commitment_losses = [], [], [], []
+        all_codes, all_vectors, all_distances, codebook_losses, commitment_losses = [], [], [], [], []
         table = self.codebook.table().detach()
         for grid in kept:
             vectors = self.codebook.normalize(_pool(residual, grid))
             with torch.no_grad():
-                codes = self.codebook.nearest(vectors, table)[1][:, 0]
+                distances, codes = (own[:, 0] for own in self.codebook.nearest(vectors, table))
             quantized = self.codebook.lookup(codes)
             codebook_losses.append(F.mse_loss(quantized, vectors.detach()))
             commitment_losses.append(F.mse_loss(vectors, quantized.detach()))
@@ -583,22 +630,36 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
             residual = residual - upsampled.detach()
             all_codes.append(codes)
             all_vectors.append(vectors.detach())
+            all_distances.append(distances)
         if self.training:
-            self._revive_dead_codes(torch.cat(all_codes), torch.cat(all_vectors), generator)
+            self._revive_dead_codes(torch.cat(all_codes), torch.cat(all_vectors), torch.cat(all_distances), generator)
         codes = torch.cat([codes.view(len(latents), -1) for codes in all_codes], dim=1)
         return features, codes, torch.stack(codebook_losses).mean(), torch.stack(commitment_losses).mean()
 
     @torch.no_grad()
-    def _revive_dead_codes(self, codes: torch.Tensor, vectors: torch.Tensor, generator: torch.Generator | None):
-        """Track how often each code is chosen; move the unused ones onto current encoder outputs."""
+    def _revive_dead_codes(
+        self,
+        codes: torch.Tensor,
+        vectors: torch.Tensor,
+        distances: torch.Tensor,
+        generator: torch.Generator | None,
+    ):
+        """Track how often each code is chosen; move the unused ones onto current encoder outputs.
+
+        Beside frozen codes, which stay, onto those that all codes fit worst.
+        """
         codebook = self.codebook
         counts = torch.bincount(codes, minlength=codebook.size).to(codebook.usage)
         codebook.usage.lerp_(counts * (codebook.size / codes.numel()), 0.02)
         dead = (codebook.usage < self.config.dead_code_threshold).nonzero()[:, 0]
+        dead = dead[dead >= codebook.num_frozen]
         if len(dead) == 0:
             return
-        picks = torch.randint(len(vectors), (len(dead),), generator=generator).to(vectors.device)
-        self._move_codes(dead, vectors[picks])
+        if codebook.num_frozen:
+            picks = torch.multinomial(distances.cpu() ** 2 + 1e-12, len(dead), replacement=True, generator=generator)
+        else:
+            picks = torch.randint(len(vectors), (len(dead),), generator=generator)
+        self._move_codes(dead, vectors[picks.to(vectors.device)])
 
     # ---- identity and checks -----------------------------------------------------------------------------------------
 

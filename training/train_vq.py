@@ -1,5 +1,6 @@
 """The tokenizer's stages (NextFlow section 3.1): teacher, pixel branch alone, both branches, pixel decoder alone."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,18 @@ class PictureDataset(Dataset):
         if self.words:
             item["text"] = self.source.question(index, np.random.default_rng(index))[1]
         return item
+
+
+@dataclass
+class ExtendingOutput(NextFlowVQOutput):
+    """What a training step of the phase "extend" needs.
+
+    Args:
+        keep_loss (`torch.FloatTensor`): Squared distance of the encoder's outputs from the codes that were chosen
+            before, of pictures that these showed well.
+    """
+
+    keep_loss: torch.FloatTensor | None = None
 
 
 def train_teacher(recipe: Recipe) -> None:
@@ -82,14 +95,20 @@ def train_teacher(recipe: Recipe) -> None:
 def train_vq(recipe: Recipe) -> None:
     """Train the tokenizer.
 
-    `stage_args`: `phase`: "pixel" (reconstruction alone, not quantized), "joint" (everything), or "decoder" (the pixel
-    decoder alone); `new_codebook`: false where the joint phase goes on with the codes that are there. `init_from`:
-    `teacher`, and `vq` to go on from. `config` may name another `vq.codebook_size` in the joint phase.
+    `stage_args`: `phase`: "pixel" (reconstruction alone, not quantized), "joint" (everything), "extend" (more codes for
+    other pictures, so that a decoder that draws with the codes that are there goes on drawing), or "decoder" (the pixel
+    decoder alone); `new_codebook`: false where the joint phase goes on with the codes that are there; `keep_weight`:
+    how firmly the phase "extend" keeps what the encoder says of pictures that were shown well before. `init_from`:
+    `teacher` (not in the phase "extend"), and `vq` to go on from. `config` may name another `vq.codebook_size` in the
+    phases "joint" and "extend".
     """
     phase = recipe.stage_args.get("phase", "joint")
     if phase not in _TRAINED_PARTS:
         raise ValueError(f"A tokenizer's phase is one of {sorted(_TRAINED_PARTS)}, got {phase!r}.")
     source = load_source(recipe.source)
+    if phase == "extend":
+        _extend(recipe, source)
+        return
 
     # 1. The tokenizer of the stage before, or a new one whose semantic branch starts as its teacher.
     teacher = Siglip2VisionModel.from_pretrained(recipe.init_from["teacher"], vision_use_head=False)
@@ -113,9 +132,6 @@ def train_vq(recipe: Recipe) -> None:
     model.to(memory_format=torch.channels_last)
 
     # 2. Reconstruct pixels and the frozen teacher's features.
-    def collate(items):
-        return {"pictures": by_size([item["image"] for item in items])}
-
     def loss(model, batch):
         outputs = []
         for pixels in batch["pictures"]:
@@ -125,9 +141,56 @@ def train_vq(recipe: Recipe) -> None:
             outputs.append(model(pixels, semantic_targets=targets, quantize=phase != "pixel"))
         return _mean_losses(outputs, [len(pixels) for pixels in batch["pictures"]])
 
-    model = run_stage(recipe, model, PictureDataset(source), collate, loss)
+    model = run_stage(recipe, model, PictureDataset(source), _collate, loss)
+    _save(model, recipe)
 
-    # 3. The result is a tokenizer that loads on its own.
+
+def _extend(recipe: Recipe, source: PairSource) -> None:
+    """Learn other pictures without forgetting: the semantic branch and the codes that are there stay as they are."""
+    # 1. The tokenizer with new codes where those that are there fit worst, and itself as it was.
+    before = NextFlowVQModel.from_pretrained(recipe.init_from["vq"]).eval().requires_grad_(False)
+    model = NextFlowVQModel.from_pretrained(recipe.init_from["vq"])
+    for name, value in recipe.config.items():
+        setattr(model.config, name.removeprefix("vq."), value)
+    if model.config.codebook_size <= before.codebook.size:
+        raise ValueError(f"To extend {before.codebook.size} codes, `config` names a larger `vq.codebook_size`.")
+    model.codebook = DualCodebook(model.config)
+    model.codebook.freeze_rows(before.codebook)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.split(".")[0] in _TRAINED_PARTS["extend"])
+    batches = by_size([source.image(index) for index in range(256)])
+    model.extend_codebook(batches, torch.Generator().manual_seed(0))
+    model.to(memory_format=torch.channels_last)
+    before.to(memory_format=torch.channels_last)
+
+    # 2. Reconstruct; pictures that were shown well before keep their place before the codes.
+    weight = recipe.stage_args.get("keep_weight", 4.0)
+
+    def loss(model, batch):
+        outputs = []
+        for pixels in batch["pictures"]:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+            with torch.no_grad():
+                wanted = before.encode(pixels).features
+                error = (before.decode_features(wanted) - pixels).square().mean(dim=(1, 2, 3))
+            output = model(pixels)
+            moved = (output.latents - wanted).square().mean(dim=(1, 2, 3))
+            keep_loss = ((error < _SHOWN_WELL) * moved).mean()
+            losses = {name: own for name, own in output.items() if name.endswith("loss")}
+            losses["loss"] = output.loss + weight * keep_loss
+            outputs.append(ExtendingOutput(**losses, keep_loss=keep_loss.detach()))
+        return _mean_losses(outputs, [len(pixels) for pixels in batch["pictures"]])
+
+    model = run_stage(recipe, model, PictureDataset(source), _collate, loss)
+    _save(model, recipe)
+
+
+def _collate(items: list[dict]) -> dict:
+    return {"pictures": by_size([item["image"] for item in items])}
+
+
+def _save(model: NextFlowVQModel, recipe: Recipe) -> None:
+    """The result is a tokenizer that loads on its own."""
     model.to(memory_format=torch.contiguous_format)
     model.requires_grad_(True)
     save_whole(Path(recipe.output_dir) / "final", lambda folder: model.save_pretrained(folder))
@@ -145,15 +208,18 @@ def _mean_losses(outputs: list[NextFlowVQOutput], pictures: list[int]) -> NextFl
     """The losses of batches of several sizes as those of one batch: every picture counts as much."""
     names = [name for name in outputs[0] if name.endswith("loss")]
     total = sum(pictures)
-    return NextFlowVQOutput(
+    return type(outputs[0])(
         **{name: sum(own[name] * (number / total) for own, number in zip(outputs, pictures)) for name in names}
     )
 
 
+# Mean squared error in [-1, 1] of a picture that a tokenizer shows well: 27 dB.
+_SHOWN_WELL = 0.008
 _PIXEL_PARTS = {"pixel_encoder", "pixel_proj", "post_pixel_proj", "pixel_decoder"}
 _TRAINED_PARTS = {
     "pixel": _PIXEL_PARTS,
     "joint": _PIXEL_PARTS | {"semantic_encoder", "semantic_proj", "semantic_decoder", "codebook"},
+    "extend": _PIXEL_PARTS | {"codebook"},
     "decoder": {"post_pixel_proj", "pixel_decoder"},
 }
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from small_models import small_config
 
 from nextflow_hf.modeling import modeling_nextflow_vq
-from nextflow_hf.modeling.modeling_nextflow_vq import NextFlowVQModel
+from nextflow_hf.modeling.modeling_nextflow_vq import DualCodebook, NextFlowVQModel
 
 
 @pytest.fixture
@@ -152,6 +152,44 @@ def test_training_moves_every_part_and_lowers_the_loss(vq_model, pixels):
         "codebook.pixel",
     ):
         assert vq_model.get_submodule(name).weight.grad.abs().sum() > 0, name
+
+
+def test_an_extended_codebook_keeps_what_was_there(vq_model, pixels):
+    before = vq_model.codebook
+    known = {name: getattr(before, name).weight.clone() for name in ("semantic", "pixel")}
+    vq_model.config.codebook_size = before.size + 8
+    vq_model.codebook = DualCodebook(vq_model.config)
+    vq_model.codebook.freeze_rows(before)
+    vq_model.extend_codebook([pixels], torch.Generator().manual_seed(0))
+    # Where the new codes begin some output lay, and nearer to it than any code that was there.
+    started = vq_model.codebook.pixel.weight[before.size :].clone()
+    vq_model.train()
+    vq_model.config.dead_code_threshold = 10.0
+    optimizer = torch.optim.Adam(vq_model.parameters(), 3e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        vq_model(pixels).loss.backward()
+        optimizer.step()
+    for name, weight in known.items():
+        assert torch.equal(getattr(vq_model.codebook, name).weight[: before.size], weight)
+    assert not torch.allclose(vq_model.codebook.pixel.weight[before.size :], started)
+    with pytest.raises(ValueError, match="cannot begin with"):
+        before.freeze_rows(vq_model.codebook)
+
+
+def test_new_codes_go_where_the_old_ones_fit_worst(vq_model, pixels):
+    before = vq_model.codebook
+    known, strange = pixels[:1], -pixels[:1]
+    # The old codes are those that show one picture.
+    vq_model.start_codebook(known, torch.Generator().manual_seed(0))
+    vq_model.config.codebook_size = before.size + 32
+    vq_model.codebook = DualCodebook(vq_model.config)
+    vq_model.codebook.freeze_rows(before)
+    vq_model.extend_codebook([known, strange], torch.Generator().manual_seed(0))
+    share_known, share_strange = (
+        (vq_model.encode(own).codes >= before.size).float().mean().item() for own in (known, strange)
+    )
+    assert share_strange > share_known
 
 
 def test_scale_dropout_keeps_the_first_scale(vq_model, pixels):

@@ -249,6 +249,50 @@ def test_an_unwritable_folder_is_an_error_before_the_first_step(tmp_path):
         check_writable(tmp_path / "file" / "run")
 
 
+def test_an_extended_tokenizer_keeps_its_codes_and_goes_on_after_a_kill(tmp_path):
+    small_model().vq_model.save_pretrained(tmp_path / "vq")
+
+    def recipe(folder, size=48):
+        return Recipe(
+            stage="vq",
+            output_dir=str(tmp_path / folder),
+            init_from={"vq": str(tmp_path / "vq")},
+            source={"class": "dots:Dots", "pictures": 256},
+            config={"vq.codebook_size": size},
+            stage_args={"phase": "extend", "ema_decay": 0.5},
+            trainer={
+                "max_steps": 4,
+                "per_device_train_batch_size": 2,
+                "learning_rate": 1e-2,
+                "save_steps": 2,
+                "logging_steps": 1,
+                "disable_tqdm": True,
+                "use_cpu": True,
+            },
+        )
+
+    run_recipe(recipe("run"))
+    before = NextFlowVQModel.from_pretrained(tmp_path / "vq")
+    after = NextFlowVQModel.from_pretrained(tmp_path / "run" / "final")
+    assert after.codebook.size == 48
+    assert torch.equal(after.codebook.table()[:32], before.codebook.table())
+    changed = {
+        name.split(".")[0]
+        for (name, old), (_, new) in zip(before.named_parameters(), after.named_parameters(), strict=True)
+        if old.shape == new.shape and not torch.equal(old, new)
+    }
+    assert changed == {"pixel_encoder", "pixel_proj", "post_pixel_proj", "pixel_decoder"}
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert "keep_loss" in log[0]
+    shutil.rmtree(tmp_path / "run" / "final")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    run_recipe(recipe("run"))
+    again = NextFlowVQModel.from_pretrained(tmp_path / "run" / "final").state_dict()
+    assert all(torch.equal(own, again[name]) for name, own in after.state_dict().items())
+    with pytest.raises(ValueError, match=r"names a larger `vq.codebook_size`"):
+        run_recipe(recipe("smaller", size=32))
+
+
 def test_sources_are_mixed_by_weight_and_the_same_every_time(monkeypatch):
     specs = [{"class": "dots:Dots", "weight": 3}, {"class": "dots:Dots", "size": 64}]
     source, again = MixedSource(specs, 200, seed=1), MixedSource(specs, 200, seed=1)
