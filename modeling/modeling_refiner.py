@@ -48,6 +48,9 @@ class NextFlowRefinerModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         projector (`str`, defaults to `"linear"`): `"linear"` as for the paper's UNet, `"mlp"` as for its transformers.
         image_condition (`bool`, defaults to `True`): Whether the picture that is refined is an input too: the
             decoder's, or the smaller one to double. The paper names no such input for its first stage.
+        image_error (`float`, *optional*): How far that picture is off, as a standard deviation of pixels in [-1, 1] (or
+            latents). With it the velocity begins as the best guess from the sample and the picture alone, and the base
+            gives what is left in units of its standard deviation: a small base is faithful from the first step on.
         caption_vocab_size (`int`, *optional*): Tokens of a caption that the model embeds itself, for a base without
             text encoders.
     """
@@ -69,6 +72,7 @@ class NextFlowRefinerModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         condition_channels: int = 64,
         projector: str = "linear",
         image_condition: bool = True,
+        image_error: float | None = None,
         caption_vocab_size: int | None = None,
     ):
         super().__init__()
@@ -76,6 +80,8 @@ class NextFlowRefinerModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(f"The base of a refiner is one of {sorted(BASES)}, got {base_class!r}.")
         if projector not in ("linear", "mlp"):
             raise ValueError(f'A projector is "linear" or "mlp", got {projector!r}.')
+        if image_error is not None and not (image_condition and image_error > 0):
+            raise ValueError(f"`image_error` is above 0 and needs `image_condition`, got {image_error}.")
         channels = sample_channels * patch_size**2
         own = {**(base_config or {}), "in_channels": (1 + image_condition) * channels + condition_channels}
         own["out_channels"] = channels
@@ -192,7 +198,28 @@ class NextFlowRefinerModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         else:
             output = self._flux(hidden_states, timestep, states, pooled_projections, guidance)
         output = F.pixel_shuffle(output, self.config.patch_size)
+        if self.config.image_error is not None:
+            output = self._around_image(sample, image, output, timestep / 1000)
         return NextFlowRefinerOutput(sample=output) if return_dict else (output,)
+
+    def velocity_scale(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Standard deviation of what is not known of the velocity, at each share of noise `(batch,)`; 1 without
+        `image_error`."""
+        error = self.config.image_error
+        if error is None:
+            return torch.ones_like(sigma)
+        return error / (((1 - sigma) * error) ** 2 + sigma**2).sqrt()
+
+    def _around_image(self, sample, image, output, sigma) -> torch.Tensor:
+        """The velocity whose expectation given sample and image is known, and what the base adds to it.
+
+        With x = image + error * a and sample = (1 - t) x + t * noise, a and noise standard normal, the expectation of
+        noise - x is linear in sample and image.
+        """
+        error, t = self.config.image_error, sigma[:, None, None, None].to(sample.dtype)
+        spread = ((1 - t) * error) ** 2 + t**2
+        expected = ((t - (1 - t) * error**2) * sample - t * image.to(sample.dtype)) / spread
+        return expected + error / spread.sqrt() * output
 
     def set_attention_slice(self, slice_size) -> None:
         """As diffusers' UNets: attention of a few heads at a time, for less memory."""

@@ -212,7 +212,9 @@ def _group_loss(pipeline, texts, shift, model, group) -> torch.Tensor:
     if pipeline.refiner.config.image_condition:
         told["image"] = pipeline._to_latents(shown)
     velocity = model(sample, 1000 * sigma.flatten(), **told).sample
-    return F.mse_loss(velocity.float(), (noise - target).float())
+    # In units of what is not known: without `image_error` the plain loss.
+    scale = pipeline.refiner.velocity_scale(sigma)
+    return ((velocity - (noise - target)).float() / scale).square().mean()
 
 
 def _states(texts, captions: list[str], device) -> dict:

@@ -167,6 +167,27 @@ def test_a_pretrained_base_is_left_as_it_is_at_first(base):
     assert layer.weight.grad[:, 12:].abs().sum() > 0
 
 
+@pytest.mark.parametrize("sigma", [0.02, 0.3, 0.8, 1.0])
+def test_the_velocity_begins_as_the_best_guess_from_sample_and_image(sigma):
+    """With a base that adds nothing no other linear guess is better, and what is left has the scale that is said."""
+    model = build_refiner(image_error=0.2)
+    for name in ("weight", "bias"):
+        torch.nn.init.zeros_(getattr(model.denoiser.conv_out, name))
+    rng = generator(0)
+    image = torch.randn(64, 3, 16, 16, generator=rng)
+    picture = image + 0.2 * torch.randn(image.shape, generator=rng)
+    noise = torch.randn(image.shape, generator=rng)
+    sample = (1 - sigma) * picture + sigma * noise
+    with torch.no_grad():
+        guess = model(sample, 1000 * sigma, torch.zeros(64, 26, 2, 2), image).sample
+    left = (noise - picture) - guess
+    expected = model.velocity_scale(torch.tensor([sigma])).item()
+    assert left.std().item() == pytest.approx(expected, rel=0.02)
+    # What is left tells nothing of what the guess was made from.
+    for known in (sample, image):
+        assert abs((left * known).mean().item()) < 0.02
+
+
 def test_sdxl_takes_the_caption_as_a_vector_too():
     unet = {**UNET, "addition_embed_type": "text_time", "addition_time_embed_dim": 4}
     unet["projection_class_embeddings_input_dim"] = 6 * 4 + 10
@@ -194,6 +215,8 @@ def test_what_does_not_fit_is_refused():
             model(**{**inputs, name: own})
     with pytest.raises(ValueError, match="base of a refiner is one of"):
         NextFlowRefinerModel(base_class="DiT")
+    with pytest.raises(ValueError, match="`image_error` is above 0"):
+        NextFlowRefinerModel(base_config=UNET, image_condition=False, image_error=0.1)
     with pytest.raises(ValueError, match="A projector"):
         NextFlowRefinerModel(base_config=UNET, projector="cnn")
     with pytest.raises(ValueError, match="embeds no captions"):
