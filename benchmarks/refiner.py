@@ -114,12 +114,12 @@ def main() -> None:
 
     def refine(strength: float, steps: int, upsampling: int = 1) -> torch.Tensor:
         # As many steps are taken as are asked for, whatever the strength.
-        total = max(steps, round(steps / strength)) if strength else steps
+        sigmas = np.linspace(strength, strength / steps, steps).tolist() if strength else None
         return refiner(
             codes=encoding.codes,
             grids=encoding.grids,
             strength=strength,
-            num_inference_steps=total,
+            sigmas=sigmas,
             upsampling=upsampling,
             generator=[torch.Generator().manual_seed(index) for index in range(args.scenes)],
             output_type="pt",

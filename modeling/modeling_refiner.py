@@ -6,12 +6,13 @@ caption reaches the text side alone, as the paper asks. Trained by flow matching
 `noise - picture` at `(1 - t) * picture + t * noise`.
 """
 
+import json
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
@@ -20,6 +21,18 @@ from torch import nn
 BASES = {"UNet2DConditionModel": UNet2DConditionModel, "FluxTransformer2DModel": FluxTransformer2DModel}
 # How much larger than the picture that its codes show the result may be.
 UPSAMPLING = (1, 2)
+
+
+class NextFlowRefinerConfig(FrozenDict):
+    """diffusers' configuration with what transformers' loggers ask of one."""
+
+    def to_dict(self) -> dict:
+        """A copy as a plain dictionary."""
+        return dict(self)
+
+    def to_json_string(self) -> str:
+        """JSON of all entries."""
+        return json.dumps(self.to_dict(), indent=2, default=str) + "\n"
 
 
 @dataclass
@@ -78,6 +91,8 @@ class NextFlowRefinerModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         super().__init__()
         if base_class not in BASES:
             raise ValueError(f"The base of a refiner is one of {sorted(BASES)}, got {base_class!r}.")
+        if caption_vocab_size is not None and base_class == "FluxTransformer2DModel":
+            raise ValueError("FLUX attends to a caption's padding too; leave `caption_vocab_size` to a UNet.")
         if projector not in ("linear", "mlp"):
             raise ValueError(f'A projector is "linear" or "mlp", got {projector!r}.')
         if image_error is not None and not (image_condition and image_error > 0):
@@ -97,7 +112,14 @@ class NextFlowRefinerModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.caption_embedding = None
         if caption_vocab_size is not None:
             self.caption_embedding = nn.Embedding(caption_vocab_size, self.text_dim)
+            # Stands before every caption, and alone where there is none.
+            self.caption_begin = nn.Parameter(0.02 * torch.randn(self.text_dim))
         self.gradient_checkpointing = False
+
+    @property
+    def config(self) -> NextFlowRefinerConfig:
+        """The configuration, which cannot be changed."""
+        return NextFlowRefinerConfig(**self._internal_dict)
 
     @property
     def text_dim(self) -> int:
@@ -179,10 +201,15 @@ class NextFlowRefinerModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         batch = len(sample)
         timestep = torch.as_tensor(timestep, device=sample.device).expand(batch)
         factor = torch.as_tensor(upsampling, device=sample.device).expand(batch)
+        if not torch.isin(factor, torch.tensor(UPSAMPLING, device=sample.device)).all():
+            raise ValueError(f"`upsampling` is one of {UPSAMPLING}, got {upsampling}.")
+        if pooled_projections is not None:
+            pooled_projections = pooled_projections.to(sample.dtype)
         states, mask = self._caption_states(batch, sample, encoder_hidden_states, caption_ids, caption_mask)
 
         # 1. What the input layer sees: the sample, the picture, and what the codes say, all on one grid.
-        inputs = [F.pixel_unshuffle(sample, self.config.patch_size)]
+        seen = sample if self.config.image_error is None else self._best_guess(sample, image, timestep / 1000)
+        inputs = [F.pixel_unshuffle(seen, self.config.patch_size)]
         if self.config.image_condition:
             inputs.append(F.pixel_unshuffle(image.to(sample.dtype), self.config.patch_size))
         projected = (
@@ -210,12 +237,20 @@ class NextFlowRefinerModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             return torch.ones_like(sigma)
         return error / (((1 - sigma) * error) ** 2 + sigma**2).sqrt()
 
-    def _around_image(self, sample, image, output, sigma) -> torch.Tensor:
-        """The velocity whose expectation given sample and image is known, and what the base adds to it.
+    def _best_guess(self, sample, image, sigma) -> torch.Tensor:
+        """The expected picture given sample and image: near the image in much noise, near the sample in little.
 
-        With x = image + error * a and sample = (1 - t) x + t * noise, a and noise standard normal, the expectation of
-        noise - x is linear in sample and image.
+        With x = image + error * a and sample = (1 - t) x + t * noise, a and noise standard normal, what is expected of
+        x and of the velocity noise - x is linear in sample and image. A base that is shown this guess in place of the
+        sample need not tell noise from the little that the sample says.
         """
+        error, t = self.config.image_error, sigma[:, None, None, None].to(sample.dtype)
+        image = image.to(sample.dtype)
+        gain = (1 - t) * error**2 / (((1 - t) * error) ** 2 + t**2)
+        return image + gain * (sample - (1 - t) * image)
+
+    def _around_image(self, sample, image, output, sigma) -> torch.Tensor:
+        """The expected velocity given sample and image, and what the base adds to it; see `_best_guess`."""
         error, t = self.config.image_error, sigma[:, None, None, None].to(sample.dtype)
         spread = ((1 - t) * error) ** 2 + t**2
         expected = ((t - (1 - t) * error**2) * sample - t * image.to(sample.dtype)) / spread
@@ -267,10 +302,14 @@ class NextFlowRefinerModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return output.transpose(1, 2).unflatten(2, (height, width))
 
     def _caption_states(self, batch, sample, states, ids, mask):
-        if ids is not None:
-            if self.caption_embedding is None:
-                raise ValueError("This refiner embeds no captions itself; give `encoder_hidden_states`.")
-            states = self.caption_embedding(ids) + _sinusoids(ids.shape[1], self.text_dim, sample)
+        if ids is not None and self.caption_embedding is None:
+            raise ValueError("This refiner embeds no captions itself; give `encoder_hidden_states`.")
+        if states is None and self.caption_embedding is not None:
+            states = self.caption_begin.expand(batch, 1, -1)
+            if ids is not None:
+                own = self.caption_embedding(ids) + _sinusoids(ids.shape[1], self.text_dim, sample)
+                states = torch.cat([states, own.to(states.dtype)], dim=1)
+                mask = None if mask is None else F.pad(mask, (1, 0), value=1)
         if states is None:
             return sample.new_zeros(batch, 1, self.text_dim), None
         if len(states) != batch or states.shape[-1] != self.text_dim:

@@ -96,7 +96,7 @@ def bundle_refiner(run: Path, name: str) -> Path:
     """
     target = Path(REFINERS[name])
     pipeline = NextFlowRefinerPipeline.from_pretrained(run / "final")
-    load_refiner(pipeline, load(name)[0].vq_model)
+    load_refiner(pipeline, load(name)[0])
     log = json.loads((run / "trainer_state.json").read_text())["log_history"]
     card = refiner_card(name, pipeline)
 

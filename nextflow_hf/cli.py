@@ -42,8 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--negative-prompt", help="what guidance leads away from")
     generate.add_argument("--refiner", help='what paints the result anew: "mini" (bundled), a folder or a Hub id')
-    generate.add_argument("--strength", type=float, default=0.6, help="of the refiner: from 0, nothing new, to 1")
-    generate.add_argument("--refiner-steps", type=int, default=8)
+    generate.add_argument("--strength", type=float, help="of the refiner: from 0, nothing new, to 1")
+    generate.add_argument("--refiner-steps", type=int, help="of the refiner, from noise alone")
     generate.add_argument("--double", action="store_true", help="let the refiner paint it twice as large")
     _add_sampling(generate)
     generate.set_defaults(run=_generate)
@@ -173,14 +173,13 @@ def _generate(args: argparse.Namespace) -> None:
 
     if args.count < 1:
         raise ValueError(f"--count must be at least 1, got {args.count}.")
-    if args.double and args.refiner is None:
-        raise ValueError("--double is the refiner's; name one with --refiner.")
+    refining = _refining_settings(args)
     args.output.mkdir(parents=True, exist_ok=True)
     model, processor = load(args.checkpoint)
     sizes = {} if args.size is None else {"image_size": args.size}
     seeds = [args.seed + index for index in range(args.count)]
     if args.refiner is not None:
-        sizes["refine"] = _refining(args, model)
+        sizes["refine"] = _refining(args, model, refining)
     pictures = draw_prompts(
         model,
         processor,
@@ -197,16 +196,26 @@ def _generate(args: argparse.Namespace) -> None:
         print(path)
 
 
-def _refining(args: argparse.Namespace, model):
+def _refining_settings(args: argparse.Namespace) -> dict:
+    """What the refiner is asked for, refused before anything is loaded."""
+    named = {"strength": args.strength, "num_inference_steps": args.refiner_steps}
+    settings = {name: own for name, own in named.items() if own is not None}
+    if args.double:
+        settings["upsampling"] = 2
+    if settings and args.refiner is None:
+        raise ValueError("--double, --strength and --refiner-steps are the refiner's; name one with --refiner.")
+    if args.refiner is not None:
+        from .refining import check_refining
+
+        check_refining(settings)
+    return settings
+
+
+def _refining(args: argparse.Namespace, model, settings: dict):
     """What makes refined pictures of what is drawn."""
     from .refining import load_refiner, refine_drawn
 
-    refiner = load_refiner(args.refiner, model.vq_model)
-    settings = {
-        "strength": args.strength,
-        "num_inference_steps": args.refiner_steps,
-        "upsampling": 2 if args.double else 1,
-    }
+    refiner = load_refiner(args.refiner, model)
 
     def refine(output, seeds):
         return refine_drawn(refiner, output, [args.prompt] * len(seeds), seeds, **settings)

@@ -104,7 +104,7 @@ def run_demo(folder: Path) -> None:
     _write(STORY, parts, folder / "story")
 
     # 6. One picture as the tokenizer's decoder paints it, and as the refiner does at twice the size.
-    refiner = load_refiner("mini", model.vq_model)
+    refiner = load_refiner("mini", model)
     (plain,) = draw_prompts(model, processor, [REFINED], [0])
     (large,) = draw_prompts(
         model,

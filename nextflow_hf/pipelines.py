@@ -2,6 +2,7 @@
 
 import copy
 
+import torch
 from transformers import AnyToAnyPipeline, GenerationConfig, Pipeline
 
 from .modeling.configuration_nextflow import NextFlowConfig
@@ -91,12 +92,19 @@ class TextToImagePipeline(Pipeline):
 
     def _refining(self, refiner, refining: dict | None) -> dict:
         """What `postprocess` takes of a refiner."""
-        own = {} if refining is None else {"refining": refining}
-        if refiner is not None:
-            # Here and not above: diffusers' pipelines take seconds to import.
-            from .refining import load_refiner
+        if refiner is None and refining is None:
+            return {}
+        # Here and not above: diffusers' pipelines take seconds to import.
+        from .refining import check_refining, load_refiner
 
-            own["refiner"] = load_refiner(refiner, self.model.vq_model)
+        own = {}
+        if refiner is not None:
+            own["refiner"] = load_refiner(refiner, self.model)
+        if refining is not None:
+            if refiner is None and "refiner" not in getattr(self, "_postprocess_params", {}):
+                raise ValueError("`refining` is what a refiner takes; name one as `refiner`.")
+            check_refining(refining)
+            own["refining"] = refining
         return own
 
     def _sanitize_parameters(self, negative_prompt: str | None = None, refiner=None, refining=None, **kwargs):
@@ -109,8 +117,9 @@ class TextToImagePipeline(Pipeline):
         preprocess = {} if negative_prompt is None else {"negative_prompt": negative_prompt}
         drawing = {**kwargs.pop("generate_kwargs", {}), **kwargs}
         after = self._refining(refiner, refining)
-        if isinstance(drawing.get("seed"), int):
-            after["seed"] = drawing["seed"]
+        seed = _seed_of(drawing)
+        if seed is not None:
+            after["seed"] = seed
         return preprocess, drawing, after
 
     def preprocess(self, prompt: str, negative_prompt: str | None = None):
@@ -133,6 +142,16 @@ class TextToImagePipeline(Pipeline):
 
         seeds = None if seed is None else [seed]
         return refine_drawn(refiner, output, [model_outputs["prompt"]], seeds, **(refining or {}))[0]
+
+
+def _seed_of(drawing: dict) -> int | None:
+    """A seed for what follows drawing: the same, or one of the generator's, which is left as it is."""
+    seed, generator = drawing.get("seed"), drawing.get("generator")
+    if isinstance(seed, (list, tuple)) and len(seed) == 1:
+        seed = seed[0]
+    if isinstance(generator, torch.Generator):
+        seed = torch.randint(2**62, (), generator=generator.clone_state(), device=generator.device).item()
+    return seed if isinstance(seed, int) else None
 
 
 def _chat_inputs(processor, prompt: str, images=()) -> dict:

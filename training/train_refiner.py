@@ -7,14 +7,14 @@ import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import ModelOutput
 
 from ..modeling.modeling_nextflow_vq import NextFlowVQModel
 from ..modeling.modeling_refiner import NextFlowRefinerModel, refiner_condition
-from ..modeling.pipeline_refiner import NextFlowRefinerPipeline
+from ..modeling.pipeline_refiner import NextFlowRefinerPipeline, caption_inputs
 from .data import PairSource, load_source, to_pixels
 from .recipe import Recipe
 from .stage_trainer import run_stage, save_whole
@@ -32,14 +32,18 @@ class RefinerDataset(Dataset):
         caption_dropout: Share of the items without a caption.
     """
 
+    # Pictures of a small source come again, and what is done with them is drawn anew.
+    MIN_LENGTH = 1_000_000
+
     def __init__(self, source: PairSource, doubled: float, caption_dropout: float):
         self.source, self.doubled, self.caption_dropout = source, doubled, caption_dropout
 
     def __len__(self):
-        return len(self.source)
+        return max(len(self.source), self.MIN_LENGTH)
 
     def __getitem__(self, index: int) -> dict:
         rng = np.random.default_rng((index, 5))
+        index %= len(self.source)
         return {
             "image": self.source.image(index),
             "upsampling": 2 if rng.random() < self.doubled else 1,
@@ -52,12 +56,14 @@ class RefinerDataset(Dataset):
 def train_refiner(recipe: Recipe) -> None:
     """Train a refiner on a frozen tokenizer.
 
-    `init_from`: `vq`; `refiner` to go on from, or `base` (a pipeline of diffusers, Hub id or folder, whose denoiser,
-    VAE and text encoders are taken); `tokenizer` for a refiner that embeds captions itself.
-    `config`: entries of [`NextFlowRefinerModel`]; those that the tokenizer decides are filled in.
+    `init_from`: `vq`; `base` (a pipeline of diffusers, Hub id or folder, whose denoiser, VAE and text encoders are
+    taken), or `refiner` to go on from, with its VAE and tokenizer (and text encoders of a `base`, if it had one);
+    `tokenizer` for a new refiner that embeds captions itself.
+    `config`: entries of [`NextFlowRefinerModel`], of a new one; those that the tokenizer decides are filled in.
     `stage_args`:
 
     * `base_pipeline`: class of `base`, a name of diffusers ("FluxPipeline", "StableDiffusionXLPipeline");
+    * `base_dtype`: of what is taken from it, such as "bfloat16", for LoRA under autocast;
     * `lora` (arguments of `peft.LoraConfig`): the base is adapted, and what is new is trained whole; `final` is merged;
     * `doubled`: share of the pictures that are painted at twice the size that the tokenizer sees;
     * `caption_dropout`: share without a caption;
@@ -74,8 +80,12 @@ def train_refiner(recipe: Recipe) -> None:
     for name, share in shares.items():
         if not 0 <= share <= 1:
             raise ValueError(f"`{name}` is a share in [0, 1], got {share}.")
-    if {"base", "refiner"} <= set(recipe.init_from):
-        raise ValueError("A refiner starts from a `base` or goes on from a `refiner`, not both.")
+    if "vq" not in recipe.init_from:
+        raise ValueError("A refiner is trained on a tokenizer; name it as `init_from.vq`.")
+    if "refiner" in recipe.init_from and recipe.config:
+        raise ValueError(f"A refiner that goes on keeps its configuration; leave {sorted(recipe.config)} out.")
+    if "base" in recipe.init_from and stage.get("base_pipeline") not in _DENOISERS:
+        raise ValueError(f"`base_pipeline` is one of {sorted(_DENOISERS)}, got {stage.get('base_pipeline')!r}.")
     source = load_source(recipe.source)
     vq_model = NextFlowVQModel.from_pretrained(recipe.init_from["vq"]).eval().requires_grad_(False)
 
@@ -90,17 +100,37 @@ def train_refiner(recipe: Recipe) -> None:
         **({"caption_vocab_size": len(tokenizer)} if tokenizer is not None else {}),
         **recipe.config,
     }
+    base = _base_of(recipe) if "base" in recipe.init_from else None
     if "refiner" in recipe.init_from:
-        model = NextFlowRefinerModel.from_pretrained(recipe.init_from["refiner"], subfolder="refiner")
-    elif "base" in recipe.init_from:
-        model, vae, texts = _from_base(recipe, config)
+        earlier = NextFlowRefinerPipeline.from_pretrained(recipe.init_from["refiner"])
+        model, vae, tokenizer = earlier.refiner, earlier.vae, earlier.tokenizer
+        own = {name: model.config[name] for name in ("semantic_dim", "pixel_dim", "feature_dim")}
+        if own != {name: config[name] for name in own}:
+            raise ValueError(f"The refiner was made for codes of {own}, the tokenizer's are {config}.")
+    elif base is not None:
+        denoiser, vae = getattr(base, _DENOISERS[type(base).__name__]), base.vae
+        patch = 2 if type(base).__name__ == "FluxPipeline" else 1
+        config = {"sample_channels": vae.config.latent_channels, "patch_size": patch, **config}
+        model = NextFlowRefinerModel.from_base(denoiser, **config)
     else:
         model = NextFlowRefinerModel(**config)
+    if vae is not None:
+        vae.eval().requires_grad_(False)
+    if base is not None:
+        texts = base
+        base.register_modules(**{_DENOISERS[type(base).__name__]: None, "vae": None})
+        for part in base.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.eval().requires_grad_(False)
     if "lora" in stage:
         from peft import LoraConfig
 
         model.add_adapter(LoraConfig(**stage["lora"]))
         _train_what_is_new(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # Small steps would be lost in half precision.
+            parameter.data = parameter.data.float()
     if stage.get("gradient_checkpointing"):
         model.enable_gradient_checkpointing()
     shift = stage.get("shift", 1.0)
@@ -115,30 +145,20 @@ def train_refiner(recipe: Recipe) -> None:
     # 3. A pipeline that loads on its own.
     final = Path(recipe.output_dir) / "final"
     if "lora" in stage:
-        save_whole(Path(recipe.output_dir) / "adapter", lambda folder: model.save_lora_adapter(folder))
         model.fuse_lora()
         model.unload_lora()
     model.requires_grad_(True)
+    if base is not None:
+        model.to(getattr(torch, stage.get("base_dtype", "float32")))
     pipeline.refiner = model
     save_whole(final, pipeline.save_pretrained)
 
 
-def _from_base(recipe: Recipe, config: dict):
-    """Refiner, VAE and text encoders of a pipeline of diffusers."""
-    name = recipe.stage_args.get("base_pipeline")
-    if name not in _DENOISERS:
-        raise ValueError(f"`base_pipeline` is one of {sorted(_DENOISERS)}, got {name!r}.")
-    base = getattr(diffusers, name).from_pretrained(recipe.init_from["base"])
-    vae: AutoencoderKL = base.vae.eval().requires_grad_(False)
-    denoiser = getattr(base, _DENOISERS[name])
-    patch = 2 if name == "FluxPipeline" else 1
-    config = {"sample_channels": vae.config.latent_channels, "patch_size": patch, **config}
-    model = NextFlowRefinerModel.from_base(denoiser, **config)
-    base.register_modules(**{_DENOISERS[name]: None, "vae": None})
-    for part in base.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.eval().requires_grad_(False)
-    return model, vae, base
+def _base_of(recipe: Recipe) -> diffusers.DiffusionPipeline:
+    """The pipeline whose parts a refiner takes."""
+    pipeline_class = getattr(diffusers, recipe.stage_args["base_pipeline"])
+    dtype = getattr(torch, recipe.stage_args.get("base_dtype", "float32"))
+    return pipeline_class.from_pretrained(recipe.init_from["base"], torch_dtype=dtype)
 
 
 def _train_what_is_new(model: NextFlowRefinerModel) -> None:
@@ -164,11 +184,7 @@ def _collate(tokenizer, items: list[dict]) -> dict:
             "captions": captions,
         }
         if tokenizer is not None:
-            tokens = tokenizer(captions, return_tensors="pt", padding=True, padding_side="right")
-            # An empty caption still has a place to look at.
-            ids = F.pad(tokens.input_ids, (0, 1), value=tokenizer.pad_token_id)
-            mask = F.pad(tokens.attention_mask, (0, 1), value=1)
-            group |= {"caption_ids": ids, "caption_mask": mask}
+            group |= caption_inputs(tokenizer, captions)
         groups.append(group)
     return {"groups": groups}
 
@@ -203,6 +219,14 @@ def _group_loss(pipeline, texts, shift, model, group) -> torch.Tensor:
         condition = refiner_condition(pipeline.vq_model, encoding.codes, encoding.grids)
         if texts is not None:
             caption = _states(texts, group["captions"], device)
+        # A doubled picture is seen in parts, for the cost of one that is not.
+        place = _part_of(target, encoding.grids[-1]) if factor == 2 else None
+        shown = pipeline._to_latents(shown)
+        if place is not None:
+            rows, columns, scale = place
+            condition = condition[..., rows, columns]
+            latent = [slice(own.start * scale, own.stop * scale) for own in (rows, columns)]
+            target, shown = (own[..., latent[0], latent[1]] for own in (target, shown))
         # 2. A place on the way, as the scheduler's shift spreads them.
         noise = torch.randn_like(target)
         sigma = torch.sigmoid(torch.randn(len(target), device=device))
@@ -210,15 +234,25 @@ def _group_loss(pipeline, texts, shift, model, group) -> torch.Tensor:
         sample = (1 - sigma) * target + sigma * noise
     told = {"condition": condition, "upsampling": factor, **caption}
     if pipeline.refiner.config.image_condition:
-        told["image"] = pipeline._to_latents(shown)
+        told["image"] = shown
     velocity = model(sample, 1000 * sigma.flatten(), **told).sample
     # In units of what is not known: without `image_error` the plain loss.
     scale = pipeline.refiner.velocity_scale(sigma)
     return ((velocity - (noise - target)).float() / scale).square().mean()
 
 
+def _part_of(target: torch.Tensor, grid: tuple[int, int]) -> tuple[slice, slice, int]:
+    """Half of a picture's rows and columns, in cells of its codes, and how many latents a cell has a side."""
+    sides = [max(1, side // 2) for side in grid]
+    starts = [int(torch.randint(whole - side + 1, ())) for whole, side in zip(grid, sides)]
+    rows, columns = (slice(start, start + side) for start, side in zip(starts, sides))
+    return rows, columns, target.shape[-2] // grid[0]
+
+
 def _states(texts, captions: list[str], device) -> dict:
-    """The captions' states by a base's own text encoders."""
+    """The captions' states by a base's own text encoders; zeros, as at inference, where there is no caption."""
+    texts.to(device)
     encoded = texts.encode_prompt(captions, captions, device=device)
     pooled = encoded[1] if type(texts).__name__ == "FluxPipeline" else encoded[2]
-    return {"encoder_hidden_states": encoded[0], "pooled_projections": pooled}
+    said = torch.tensor([bool(own) for own in captions], device=device)
+    return {"encoder_hidden_states": encoded[0] * said[:, None, None], "pooled_projections": pooled * said[:, None]}

@@ -50,7 +50,8 @@ WIDTHS = {"semantic_dim": 6, "pixel_dim": 4, "feature_dim": 16}
 
 def build_refiner(base: str = "UNet2DConditionModel", seed: int = 0, **own) -> NextFlowRefinerModel:
     torch.manual_seed(seed)
-    config = {"condition_channels": 4, "caption_vocab_size": 20, "patch_size": 2, **WIDTHS, **own}
+    captions = {"caption_vocab_size": 20} if base.startswith("UNet") else {}
+    config = {"condition_channels": 4, "patch_size": 2, **captions, **WIDTHS, **own}
     model = NextFlowRefinerModel(base_class=base, base_config=BASES[base], **config).eval()
     with torch.no_grad():
         # Output layers that are zero at first would hide everything.
@@ -75,9 +76,9 @@ def vq_model() -> NextFlowVQModel:
 
 
 def build_pipeline(vq_model, base: str = "UNet2DConditionModel", **own) -> NextFlowRefinerPipeline:
-    pipeline = NextFlowRefinerPipeline(
-        build_refiner(base, **own), FlowMatchEulerDiscreteScheduler(), vq_model, tokenizer=build_tokenizer()
-    )
+    refiner = build_refiner(base, **own)
+    tokenizer = None if refiner.caption_embedding is None else build_tokenizer()
+    pipeline = NextFlowRefinerPipeline(refiner, FlowMatchEulerDiscreteScheduler(), vq_model, tokenizer=tokenizer)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -90,6 +91,17 @@ def pipeline(request, vq_model) -> NextFlowRefinerPipeline:
 def pictures(number: int = 2, side: int = 32) -> list[Image.Image]:
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(number)]
+
+
+def said(pipeline, prompts: list[str]) -> dict:
+    """The captions as this pipeline takes them."""
+    if pipeline.tokenizer is not None:
+        return {"prompt": prompts}
+    rng = generator(sum(map(len, prompts)))
+    return {
+        "prompt_embeds": torch.randn(len(prompts), 3, 12, generator=rng),
+        "pooled_prompt_embeds": torch.randn(len(prompts), 10, generator=rng),
+    }
 
 
 def generator(seed: int) -> torch.Generator:
@@ -106,6 +118,14 @@ def inputs_of(model: NextFlowRefinerModel, batch: int = 2) -> dict:
         "timestep": torch.tensor([100.0, 700.0])[:batch],
         "condition": torch.randn(batch, 26, 2, 2, generator=rng),
         "image": torch.randn(batch, 3, 16, 16, generator=rng),
+        **caption_of(model, batch),
+    }
+
+
+def caption_of(model: NextFlowRefinerModel, batch: int) -> dict:
+    if model.caption_embedding is None:
+        return {"encoder_hidden_states": torch.randn(batch, 3, 12, generator=generator(2))}
+    return {
         "caption_ids": torch.tensor([[2, 3, 5], [2, 4, 6]])[:batch],
         "caption_mask": torch.ones(batch, 3, dtype=torch.long),
     }
@@ -120,7 +140,8 @@ def test_every_input_matters_and_rows_do_not_mix(base):
     for row in range(2):
         alone = model(**{name: own[row : row + 1] for name, own in inputs.items()}).sample
         torch.testing.assert_close(alone, whole[row : row + 1], atol=1e-4, rtol=1e-4)
-    changed = {**inputs, "caption_ids": inputs["caption_ids"].flip(0)}
+    (caption,) = set(inputs) & {"caption_ids", "encoder_hidden_states"}
+    changed = {**inputs, caption: inputs[caption].flip(0)}
     for name in ("sample", "timestep", "condition", "image"):
         other = {**inputs, name: inputs[name].flip(0)}
         assert not torch.allclose(model(**other).sample, whole, atol=1e-4), name
@@ -150,8 +171,7 @@ def test_a_pretrained_base_is_left_as_it_is_at_first(base):
     )
     torch.nn.init.normal_((own.conv_out if base.startswith("UNet") else own.proj_out).weight, std=0.1)
     model = NextFlowRefinerModel.from_base(own.eval(), patch_size=2, condition_channels=4, **WIDTHS).eval()
-    inputs = inputs_of(model)
-    del inputs["caption_ids"], inputs["caption_mask"]
+    inputs = {name: own for name, own in inputs_of(model).items() if name != "encoder_hidden_states"}
     states = torch.randn(2, 5, 12, generator=generator(3))
     output = model(**inputs, encoder_hidden_states=states).sample
     other = {**inputs, "condition": 9 * inputs["condition"], "image": -inputs["image"]}
@@ -195,8 +215,7 @@ def test_sdxl_takes_the_caption_as_a_vector_too():
     model = NextFlowRefinerModel(base_config=unet, condition_channels=4, patch_size=2, **WIDTHS).eval()
     torch.nn.init.normal_(model.denoiser.conv_out.weight, std=0.1)
     assert model.takes_pooled_caption
-    inputs = inputs_of(model)
-    del inputs["caption_ids"], inputs["caption_mask"]
+    inputs = {name: own for name, own in inputs_of(model).items() if name != "encoder_hidden_states"}
     first = model(**inputs).sample
     assert not torch.allclose(model(**inputs, pooled_projections=torch.ones(2, 10)).sample, first, atol=1e-5)
 
@@ -221,6 +240,10 @@ def test_what_does_not_fit_is_refused():
         NextFlowRefinerModel(base_config=UNET, projector="cnn")
     with pytest.raises(ValueError, match="embeds no captions"):
         build_refiner(caption_vocab_size=None)(**inputs)
+    with pytest.raises(ValueError, match="attends to a caption's padding"):
+        build_refiner("FluxTransformer2DModel", caption_vocab_size=20)
+    with pytest.raises(ValueError, match="`upsampling` is one of"):
+        model(**inputs, upsampling=3)
     with pytest.raises(ValueError, match="in patches of 1 make 3"):
         NextFlowRefinerModel.from_base(UNet2DConditionModel.from_config({**UNET, "in_channels": 12}), **WIDTHS)
 
@@ -231,13 +254,18 @@ def test_what_does_not_fit_is_refused():
 def test_same_seed_same_picture_and_a_batch_is_one_by_one(pipeline):
     images, prompts = pictures(), ["a red circle", "a blue star"]
     seeds = (3, 4)
-    whole = pipeline(images, prompt=prompts, generator=[generator(s) for s in seeds], output_type="pt").images
-    again = pipeline(images, prompt=prompts, generator=[generator(s) for s in seeds], output_type="pt").images
-    assert torch.equal(whole, again)
-    other = pipeline(images, prompt=prompts, generator=[generator(s + 1) for s in seeds], output_type="pt").images
-    assert not torch.allclose(other, whole, atol=1e-3)
+    captions = said(pipeline, prompts)
+
+    def draw(shift=0):
+        generators = [generator(seed + shift) for seed in seeds]
+        return pipeline(images, generator=generators, output_type="pt", **captions).images
+
+    whole = draw()
+    assert torch.equal(whole, draw())
+    assert not torch.allclose(draw(shift=1), whole, atol=1e-3)
     for row, seed in enumerate(seeds):
-        alone = pipeline(images[row], prompt=prompts[row], generator=generator(seed), output_type="pt").images
+        own = {name: value[row : row + 1] for name, value in captions.items()}
+        alone = pipeline(images[row], generator=generator(seed), output_type="pt", **own).images
         torch.testing.assert_close(alone, whole[row : row + 1], atol=1e-4, rtol=1e-4)
 
 
@@ -270,6 +298,24 @@ def test_strength_goes_from_untouched_to_anew(vq_model):
         steps.append(pipeline.num_timesteps)
     assert steps == [1, 5, 10]
     assert changes[0] < changes[1] < changes[2]
+    for given in (tensor, tensor[0].permute(1, 2, 0).numpy()):
+        kept = pipeline(given, strength=0, output_type="pt" if torch.is_tensor(given) else "np").images
+        assert np.array_equal(
+            np.asarray(kept), np.asarray(given)[None] if kept.ndim > given.ndim else np.asarray(given)
+        )
+
+
+@pytest.mark.parametrize("settings", [{}, {"shift": 3.0}, {"use_dynamic_shifting": True}])
+@pytest.mark.parametrize("strength", [0.05, 0.4, 1.0])
+def test_strength_is_the_noise_at_which_painting_begins(vq_model, settings, strength):
+    pipeline = build_pipeline(vq_model)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(**settings)
+    pipeline(pictures()[0], strength=strength, num_inference_steps=5)
+    sigmas = pipeline.scheduler.sigmas
+    assert sigmas[0].item() == pytest.approx(strength, abs=1e-4)
+    assert len(sigmas) == max(1, round(5 * strength)) + 1 and sigmas[-2] > 0.01
+    pipeline(pictures()[0], sigmas=[0.7, 0.2])
+    assert pipeline.scheduler.sigmas.tolist() == pytest.approx([0.7, 0.2, 0.0], abs=1e-4)
 
 
 def test_doubling_and_outputs(pipeline):
@@ -296,9 +342,52 @@ def test_schedulers_can_be_exchanged(vq_model):
         pipeline.scheduler = scheduler
         drawn = pipeline(pictures()[0], **{**options, "generator": generator(0)}).images
         assert drawn.shape == first.shape and torch.isfinite(drawn).all()
-    pipeline.scheduler = DDIMScheduler()
-    with pytest.raises(ValueError, match="predicts velocities of a flow"):
-        pipeline(pictures()[0])
+    for scheduler in (DDIMScheduler(), DPMSolverMultistepScheduler(prediction_type="flow_prediction")):
+        pipeline.scheduler = scheduler
+        with pytest.raises(ValueError, match="predicts velocities of a flow"):
+            pipeline(pictures()[0])
+    pipeline.scheduler = FlowMatchHeunDiscreteScheduler()
+    with pytest.raises(ValueError, match="sets its own sigmas"):
+        pipeline(pictures()[0], sigmas=[0.5])
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    noisy = [pipeline(pictures()[0], **{**options, "generator": generator(0)}).images for _ in range(2)]
+    assert torch.equal(*noisy), "noise of the scheduler's own comes from the generator too"
+
+
+def test_pictures_come_in_every_mode(vq_model):
+    pipeline = build_pipeline(vq_model)
+    (image,) = pictures(1)
+
+    def draw(own):
+        return pipeline(own, generator=generator(0), num_inference_steps=2, output_type="pt").images
+
+    expected = draw(image)
+    array = np.asarray(image)
+    torch.testing.assert_close(draw(array), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(draw(array / 255), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(draw(image.convert("RGBA")), expected, atol=1e-5, rtol=1e-5)
+    clear = Image.new("RGBA", image.size, (9, 9, 9, 0))
+    torch.testing.assert_close(draw(clear), draw(Image.new("RGB", image.size, "white")))
+    assert torch.isfinite(draw(image.convert("L"))).all()
+    for wrong in (array.astype(np.float32), torch.rand(1, 3, 32, 32) * 2 - 1):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+            draw(wrong)
+
+
+def test_an_offloaded_tokenizer_is_woken(vq_model):
+    pipeline = build_pipeline(vq_model)
+    woken = []
+
+    class Hook:
+        def pre_forward(self, module, *args, **kwargs):
+            woken.append(module)
+
+    vq_model._hf_hook = Hook()
+    try:
+        pipeline(pictures()[0], num_inference_steps=1)
+    finally:
+        del vq_model._hf_hook
+    assert woken and woken[0] is vq_model
 
 
 def test_callbacks_change_stop_and_leave_nothing_behind(vq_model):
@@ -336,7 +425,8 @@ def test_callbacks_change_stop_and_leave_nothing_behind(vq_model):
 
 def test_saved_and_loaded_in_every_way(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "own")
-    options = {"generator": generator(0), "num_inference_steps": 2, "prompt": "a red circle", "output_type": "pt"}
+    captions = said(pipeline, ["a red circle"])
+    options = {"generator": generator(0), "num_inference_steps": 2, "output_type": "pt", **captions}
     expected = pipeline(pictures()[0], **options).images
     for loaded in (
         NextFlowRefinerPipeline.from_pretrained(tmp_path / "own"),
@@ -411,7 +501,13 @@ def test_input_that_cannot_be_refined_is_refused(vq_model):
         ({"codes": encoding.codes}, "belong together"),
         ({"image": image, "upsampling": 4}, "`upsampling` is one of"),
         ({"image": image, "strength": 1.5}, "`strength` must lie"),
-        ({"image": image, "sigmas": []}, "`sigmas` are levels"),
+        ({"image": image, "num_inference_steps": 0}, "`num_inference_steps` must be"),
+        ({"image": image, "num_images_per_prompt": 0}, "`num_images_per_prompt` must be"),
+        ({"image": image, "sigmas": []}, "`sigmas` are shares"),
+        ({"image": image, "sigmas": [0.2, 0.9]}, "from high to low"),
+        ({"image": image, "prompt": "a", "prompt_embeds": torch.zeros(1, 1, 12)}, "not both"),
+        ({"image": image, "prompt_embeds": torch.zeros(2, 1, 12)}, "of 2 captions were given for 1"),
+        ({"image": image, "pooled_prompt_embeds": torch.zeros(1, 4)}, "takes no `pooled"),
         ({"image": image, "output_type": "jpg"}, "`output_type` is"),
         ({"image": image, "prompt": ["a", "b"]}, "2 prompts were given for 1"),
         ({"image": image, "generator": [generator(0)] * 2}, "2 generators were given for 1"),
