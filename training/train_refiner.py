@@ -68,6 +68,7 @@ def train_refiner(recipe: Recipe) -> None:
     * `doubled`: share of the pictures that are painted at twice the size that the tokenizer sees;
     * `caption_dropout`: share without a caption;
     * `gradient_checkpointing`: whether activations are computed again instead of kept;
+    * `supersampling`: of the pipeline;
     * `shift`: of the scheduler, above 1 for more steps in the noise.
 
     The source's pictures are of twice the size that the tokenizer sees.
@@ -135,7 +136,12 @@ def train_refiner(recipe: Recipe) -> None:
         model.enable_gradient_checkpointing()
     shift = stage.get("shift", 1.0)
     pipeline = NextFlowRefinerPipeline(
-        model, FlowMatchEulerDiscreteScheduler(shift=shift), vq_model, vae=vae, tokenizer=tokenizer
+        model,
+        FlowMatchEulerDiscreteScheduler(shift=shift),
+        vq_model,
+        vae=vae,
+        tokenizer=tokenizer,
+        supersampling=stage.get("supersampling", 1),
     )
 
     # 2. Velocities of the flow from the picture to noise.

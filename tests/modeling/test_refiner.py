@@ -330,6 +330,23 @@ def test_doubling_and_outputs(pipeline):
     assert several.shape == (6, 3, 32, 32)
 
 
+def test_supersampling_is_doubling_and_averaging(vq_model, tmp_path):
+    pipeline = build_pipeline(vq_model)
+    options = {"num_inference_steps": 2, "output_type": "pt"}
+    doubled = pipeline(pictures(), upsampling=2, generator=generator(0), **options).images
+    pipeline = NextFlowRefinerPipeline(**pipeline.components, supersampling=2)
+    pipeline.save_pretrained(tmp_path)
+    pipeline = NextFlowRefinerPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    same = pipeline(pictures(), generator=generator(0), **options).images
+    torch.testing.assert_close(same, torch.nn.functional.avg_pool2d(doubled, 2), atol=1e-5, rtol=1e-5)
+    assert torch.equal(pipeline(pictures(), upsampling=2, generator=generator(0), **options).images, doubled)
+    (kept,) = pipeline(pictures()[0], strength=0).images
+    assert np.array_equal(np.asarray(kept), np.asarray(pictures()[0]))
+    with pytest.raises(ValueError, match="`supersampling` is one of"):
+        NextFlowRefinerPipeline(**pipeline.components, supersampling=3)
+
+
 def test_schedulers_can_be_exchanged(vq_model):
     pipeline = build_pipeline(vq_model)
     options = {"generator": generator(0), "num_inference_steps": 4, "strength": 0.5, "output_type": "pt"}

@@ -242,9 +242,7 @@ def test_a_pipeline_and_a_refiner_are_one_call(checkpoint, refiner_folder):
     assert np.array_equal(np.asarray(untouched), np.asarray(plain))
     listed = both("a red circle", image_size=(32, 32), seed=[3])
     assert np.array_equal(np.asarray(listed), np.asarray(refined))
-    twice = [
-        both("a red circle", image_size=(32, 32), generator=torch.Generator().manual_seed(4)) for _ in range(2)
-    ]
+    twice = [both("a red circle", image_size=(32, 32), generator=torch.Generator().manual_seed(4)) for _ in range(2)]
     assert np.array_equal(*map(np.asarray, twice))
     for call, message in (
         (lambda: draw("a star", refining={"strength": 0.5}), "name one as `refiner`"),
