@@ -25,8 +25,8 @@ from nextflow_hf.training.data import to_pixels
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "refiner.md"
 BEGIN, END = "<!-- refiner: begin -->", "<!-- refiner: end -->"
-STRENGTHS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0)
-STEPS = (1, 2, 4, 8, 16)
+STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+STEPS = (1, 2, 4, 8)
 
 
 def edges(true: torch.Tensor) -> torch.Tensor:
@@ -92,9 +92,9 @@ def draw_figures(result: dict, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--refiner", default=REFINERS["mini"])
-    parser.add_argument("--scenes", type=int, default=64)
-    parser.add_argument("--strength", type=float, default=0.6, help="of the main comparison")
-    parser.add_argument("--steps", type=int, default=8, help="of the main comparison, from noise alone")
+    parser.add_argument("--scenes", type=int, default=48)
+    parser.add_argument("--strength", type=float, default=1.0, help="of the main comparison")
+    parser.add_argument("--steps", type=int, default=4, help="of the main comparison, from noise alone")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--output", type=Path, default=RESULTS / "refiner.json")
     args = parser.parse_args()
