@@ -68,7 +68,7 @@ class NextFlowRefinerPipeline(DiffusionPipeline):
         grids=None,
         prompt: str | list[str] | None = None,
         upsampling: int = 1,
-        strength: float = 0.6,
+        strength: float = 1.0,
         num_inference_steps: int = 8,
         sigmas: list[float] | None = None,
         guidance_scale: float = 1.0,

@@ -74,7 +74,7 @@ class TextToImagePipeline(Pipeline):
     * `negative_prompt`: text that guidance leads away from;
     * `refiner`: "mini", a folder, a Hub id or a [`NextFlowRefinerPipeline`] that paints what was drawn anew, here or
       for every call where it is given to `pipeline(...)`; `drawing | refiner` is the same;
-    * `refining`: what the refiner takes, such as `{"strength": 0.6, "num_inference_steps": 8, "upsampling": 2}`.
+    * `refining`: what the refiner takes, such as `{"strength": 0.8, "num_inference_steps": 4, "upsampling": 2}`.
     """
 
     _load_processor = True
