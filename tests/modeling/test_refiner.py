@@ -470,6 +470,22 @@ def test_the_hub_check_knows_the_classes(pipeline, tmp_path):
     assert not custom and {"refiner", "vq_model", "scheduler"} <= set(folders)
 
 
+def test_a_hub_id_is_loaded_from_the_cache(vq_model, tmp_path):
+    """The layout that a download leaves, found by its id."""
+    pipeline = build_pipeline(vq_model)
+    folder = tmp_path / "models--owner--name"
+    pipeline.save_pretrained(folder / "snapshots" / "abc")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    options = {"num_inference_steps": 2, "output_type": "pt"}
+    expected = pipeline(pictures(), generator=generator(0), **options).images
+    for own in (NextFlowRefinerPipeline, DiffusionPipeline):
+        loaded = own.from_pretrained("owner/name", cache_dir=tmp_path, local_files_only=True)
+        loaded.set_progress_bar_config(disable=True)
+        drawn = loaded(pictures(), generator=generator(0), **options).images
+        torch.testing.assert_close(drawn, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_latents_of_a_vae(vq_model):
     torch.manual_seed(0)
     vae = AutoencoderKL(
