@@ -234,8 +234,8 @@ def test_prompts_for_words_are_rewarded_for_just_those_words():
         assert f'"{row["words"]}"' in row["prompt"][0]["content"] and row["words"] not in WORDS
     wanted = [row["words"] for row in prompts]
     drawn = [Image.fromarray(render_sign(Sign(word, "red"))) for word in wanted]
-    assert word_reward([row["prompt"] for row in prompts], drawn, wanted) == [1.0] * 20
-    assert max(word_reward([None] * 19, drawn[1:], ["QZJ"] * 19)) < 0.7
+    assert word_reward([row["prompt"] for row in prompts], drawn, wanted) == [2.0] * 20
+    assert max(word_reward([None] * 19, drawn[1:], ["QZJ"] * 19)) < 1
 
 
 def test_the_reader_does_not_guess():
