@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from small_models import small_model
+from small_models import SMALL_UNET, small_model
 
 import nextflow_hf
 from nextflow_hf.modeling.generation_nextflow import ImageSampling
@@ -56,16 +56,7 @@ class Bench:
         )
 
     def refine(self, image=None, scheduler=None, **kwargs):
-        unet = {
-            "block_out_channels": [8, 16],
-            "layers_per_block": 1,
-            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-            "cross_attention_dim": 8,
-            "attention_head_dim": 2,
-            "norm_num_groups": 4,
-        }
-        refiner = nextflow_hf.NextFlowRefinerModel(base_config=unet, semantic_dim=6, pixel_dim=4, feature_dim=16)
+        refiner = nextflow_hf.NextFlowRefinerModel(base_config=SMALL_UNET, semantic_dim=6, pixel_dim=4, feature_dim=16)
         pipeline = nextflow_hf.NextFlowRefinerPipeline(
             refiner, scheduler or FlowMatchEulerDiscreteScheduler(), self.model.vq_model
         )

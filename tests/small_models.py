@@ -12,6 +12,18 @@ from nextflow_hf.processing.image_processing_pil_nextflow import NextFlowImagePr
 from nextflow_hf.processing.processing_nextflow import NextFlowProcessor
 from nextflow_hf.processing.tokenization_nextflow import train_tokenizer
 
+# A UNet of diffusers' for a refiner, of a few thousand parameters.
+SMALL_UNET = {
+    "sample_size": 16,
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "cross_attention_dim": 12,
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+}
+
 
 def small_config(levels: tuple[int, ...] = (2, 4), **overrides) -> NextFlowConfig:
     """A NextFlow of a few thousand parameters with every part of the real one."""

@@ -11,7 +11,22 @@ from .signs import SignReader, draw_sign, words_of_sign
 from .world import lattice_for
 
 
-class ScenePrompts:
+class _Rows:
+    """A list of rows, as `datasets.Dataset.from_list` and a recipe's source take it."""
+
+    rows: list[dict]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.rows[index]
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+class ScenePrompts(_Rows):
     """Prompts of all categories, for reinforcement learning: rows of `id` and `prompt`.
 
     Args:
@@ -34,17 +49,8 @@ class ScenePrompts:
             for index, own in enumerate(make_prompts(category, per_category, split, seed))
         ]
 
-    def __len__(self) -> int:
-        return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict:
-        return self.rows[index]
-
-    def __iter__(self):
-        return iter(self.rows)
-
-
-class WordPrompts:
+class WordPrompts(_Rows):
     """Prompts for a word in a picture, for reinforcement learning: rows of `id`, `prompt` and `words`.
 
     Args:
@@ -60,15 +66,6 @@ class WordPrompts:
             {"id": f"word {index}", "prompt": [{"role": "user", "content": words_of_sign(own, rng)}], "words": own.text}
             for index, own in enumerate(signs)
         ]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict:
-        return self.rows[index]
-
-    def __iter__(self):
-        return iter(self.rows)
 
 
 def scene_reward(prompts: list, drawn: list, wanted: list[str] | None = None, **columns) -> list[float | None]:

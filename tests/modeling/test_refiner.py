@@ -15,6 +15,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from small_models import SMALL_UNET as UNET
 from small_models import small_config
 from transformers import PreTrainedTokenizerFast
 
@@ -23,16 +24,6 @@ from nextflow_hf import NextFlowRefinerModel, NextFlowRefinerPipeline
 from nextflow_hf.modeling.modeling_nextflow_vq import NextFlowVQModel
 from nextflow_hf.modeling.modeling_refiner import refiner_condition
 
-UNET = {
-    "sample_size": 16,
-    "block_out_channels": [8, 16],
-    "layers_per_block": 1,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    "cross_attention_dim": 12,
-    "attention_head_dim": 2,
-    "norm_num_groups": 4,
-}
 FLUX = {
     "num_layers": 1,
     "num_single_layers": 1,

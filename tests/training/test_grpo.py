@@ -147,7 +147,8 @@ def test_the_first_step_is_on_policy_and_its_gradient_is_reinforce_with_the_grou
 
 def test_over_all_pictures_the_gradient_is_that_of_the_expected_reward(checkpoint, tmp_path):
     trainer = trainer_of(checkpoint, tmp_path)
-    model = trainer.model
+    # In double precision: a sum of 32 pictures' gradients in float32 is off by more than the bound on some CPUs.
+    model = trainer.model.double()
     inputs = batch_of(trainer)
     prompt = inputs["prompt_ids"][0][inputs["prompt_mask"][0].bool()].tolist()
     pictures = torch.tensor(list(itertools.product((0, 1), repeat=5)))
@@ -172,7 +173,7 @@ def test_over_all_pictures_the_gradient_is_that_of_the_expected_reward(checkpoin
     )
     loss.backward()
     for name, own in gradients(model).items():
-        torch.testing.assert_close(own, wanted[name], atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(own, wanted[name], atol=1e-6, rtol=1e-3)
 
 
 def test_frozen_scales_get_no_gradient_at_all(checkpoint, tmp_path):

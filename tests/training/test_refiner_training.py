@@ -14,6 +14,7 @@ from diffusers import (
 )
 from PIL import Image
 from safetensors.torch import load_file
+from small_models import SMALL_UNET as UNET
 from small_models import save_small_checkpoint
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -30,17 +31,6 @@ from nextflow_hf import NextFlowRefinerPipeline
 from nextflow_hf.cli import main
 from nextflow_hf.training.recipe import Recipe
 from nextflow_hf.training.stages import run_recipe
-
-UNET = {
-    "sample_size": 16,
-    "block_out_channels": [8, 16],
-    "layers_per_block": 1,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    "cross_attention_dim": 12,
-    "attention_head_dim": 2,
-    "norm_num_groups": 4,
-}
 
 
 class Stripes:
