@@ -35,7 +35,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import RESULTS, record, write_json
+from common import RESULTS, record, save_figure, write_json
 from transformers import PreTrainedTokenizerFast
 
 from nextflow_hf import MINI
@@ -474,10 +474,7 @@ def plot(runs: dict, seeds: int, path: Path) -> None:
         axis.set_ylim(0, 1)
     axes[0, 0].legend(fontsize=8)
     axes[0, 0].set_ylabel("pictures that pass")
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_suffix(".unfinished.png"), dpi=90)
-    path.with_suffix(".unfinished.png").replace(path)
+    save_figure(figure, path)
 
 
 def main() -> None:

@@ -73,6 +73,15 @@ def write_json(path: Path, content: dict) -> None:
     os.replace(temporary, path)
 
 
+def save_figure(figure, path: Path) -> None:
+    """Write matplotlib's figure as a PNG file that is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    unfinished = path.with_suffix(".unfinished.png")
+    figure.savefig(unfinished, dpi=90)
+    unfinished.replace(path)
+
+
 def table(header: list[str], rows: list[list]) -> str:
     """A markdown table; every column but the first is right-aligned."""
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]

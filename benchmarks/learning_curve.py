@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 
 import torch
-from common import RESULTS, record, table, write_json
+from common import RESULTS, record, save_figure, table, write_json
 from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
@@ -85,9 +85,7 @@ def draw_figure(points: list[dict], path: Path) -> None:
     axis.set_ylabel("score on validation combinations")
     axis.set_ylim(0, 1)
     axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path.with_suffix(".unfinished.png"), dpi=90)
-    path.with_suffix(".unfinished.png").replace(path)
+    save_figure(figure, path)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import RESULTS, record, seconds, table, write_json
+from common import RESULTS, record, save_figure, seconds, table, write_json
 
 from nextflow_hf import REFINERS, NextFlowRefinerPipeline
 from nextflow_hf.abilities import shows
@@ -83,10 +83,7 @@ def draw_figures(result: dict, folder: Path) -> None:
         axis.set_xlabel("strength")
         axis.set_ylabel(label)
     axes[0].legend(fontsize=7)
-    figure.tight_layout()
-    path = folder / "refiner_curve.png"
-    figure.savefig(path.with_suffix(".unfinished.png"), dpi=90)
-    path.with_suffix(".unfinished.png").replace(path)
+    save_figure(figure, folder / "refiner_curve.png")
 
 
 def main() -> None:

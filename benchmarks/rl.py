@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import RESULTS, record, table, write_json
+from common import RESULTS, record, save_figure, table, write_json
 from datasets import Dataset
 
 from nextflow_hf.evaluation import score_drawing
@@ -101,10 +101,7 @@ def plot(runs: dict, path: Path) -> None:
     axis.set_xlabel("updates")
     axis.set_ylabel("mean reward")
     axis.legend(fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_suffix(".unfinished.png"), dpi=90)
-    path.with_suffix(".unfinished.png").replace(path)
+    save_figure(figure, path)
 
 
 def summary(result: dict) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import RESULTS, record, table, write_json
+from common import RESULTS, record, save_figure, table, write_json
 from learning_curve import load_checkpoint
 
 from nextflow_hf import BUNDLED
@@ -138,9 +138,7 @@ def draw_figure(points: list[dict], path: Path) -> None:
         axis.set_xlabel("training compute, 10^15 FLOP")
         axis.set_xscale("log")
         axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path.with_suffix(".unfinished.png"), dpi=90)
-    path.with_suffix(".unfinished.png").replace(path)
+    save_figure(figure, path)
 
 
 def main() -> None:
