@@ -8,6 +8,7 @@ transformers' and TRL's own packing takes positions that do not grow by one for 
 pictures break; here a document id stands at every position (`NextFlowModel.forward`).
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -87,7 +88,7 @@ def tokens_of(item: dict) -> int:
 
 
 class PackedSequences(IterableDataset):
-    """Bins of sequences, by first-fit-decreasing over a window that moves along the data.
+    """Bins of sequences, evenly filled from a window that moves along the data.
 
     Bins that a window leaves less than `min_fill` full are emptied into the next window. Neighbouring bins are of
     neighbouring size, so that ranks that take them in turn finish together.
@@ -142,48 +143,73 @@ class PackedSequences(IterableDataset):
         yield from self._all(waiting)
 
     def _all(self, items: list[dict]) -> list[Bin]:
-        return first_fit_decreasing(items, self.capacity, self.size_of, self.max_tokens)
+        bins, left = self._spread(items, math.ceil)
+        return bins + (self._all(left) if left else [])
 
     def _pack(self, items: list[dict]) -> tuple[list[Bin], list[dict]]:
-        full, left = [], []
-        for own in self._all(items):
+        bins, left = self._spread(items, math.floor)
+        full = []
+        for own in bins:
             if own.size >= self.min_fill * self.capacity or self._row_is_full(own):
                 full.append(own)
             else:
                 left.extend(own.items)
         return full, left
 
+    def _spread(self, items: list[dict], rounding: Callable[[float], int]) -> tuple[list[Bin], list[dict]]:
+        """As many bins as all items fill on average, rounded so, and the items that fit into none of them."""
+        share = sum(map(self.size_of, items)) / self.capacity
+        if self.max_tokens is not None:
+            share = max(share, sum(map(tokens_of, items)) / self.max_tokens)
+        return spread_evenly(items, max(1, rounding(share)), self.capacity, self.size_of, self.max_tokens)
+
     def _row_is_full(self, own: Bin) -> bool:
         return self.max_tokens is not None and sum(map(tokens_of, own.items)) >= self.min_fill * self.max_tokens
 
 
-def first_fit_decreasing(
-    items: list[dict], capacity: float, size_of: Callable[[dict], float], max_tokens: int | None = None
-) -> list[Bin]:
-    """Put every item, largest first, into the first bin that has room; bins come out largest first.
+def spread_evenly(
+    items: list[dict],
+    num_bins: int,
+    capacity: float,
+    size_of: Callable[[dict], float] = tokens_of,
+    max_tokens: int | None = None,
+) -> tuple[list[Bin], list[dict]]:
+    """Put every item, largest first, into the emptiest bin that has room for it.
+
+    Large and small sequences meet in every bin so: bins of equal compute are also of similar length.
+
+    Returns:
+        The bins that got items, fullest first, and the items that no bin has room for.
 
     Raises:
-        ValueError: If an item is larger than a bin.
+        ValueError: If an item is larger than an empty bin.
     """
-    bins: list[tuple[list[dict], list[float]]] = []
-    for size, item in sorted(((size_of(item), item) for item in items), key=lambda pair: -pair[0]):
+    sized = sorted(((size_of(item), item) for item in items), key=lambda pair: -pair[0])
+    members: list[list[dict]] = [[] for _ in range(num_bins)]
+    sizes, lengths = [0.0] * num_bins, [0] * num_bins
+    left = []
+    for size, item in sized:
         length = tokens_of(item)
-        if size > capacity or (max_tokens is not None and length > max_tokens):
+        longest = float("inf") if max_tokens is None else max_tokens
+        if size > capacity or length > longest:
             raise ValueError(
                 f"A sequence of {length} tokens and size {size:.3g} does not fit a bin of capacity {capacity:.3g} and "
                 f"at most {max_tokens} tokens. Raise the capacity, or leave such sequences out."
             )
-        fitting = (own for own in bins if size <= own[1][0] and length <= own[1][1])
-        own = next(fitting, None)
-        if own is None:
-            own = ([], [capacity, float("inf") if max_tokens is None else max_tokens])
-            bins.append(own)
-        members, room = own
-        members.append(item)
-        room[0] -= size
-        room[1] -= length
-    packed = [Bin(tuple(members), capacity - room[0]) for members, room in bins]
-    return sorted(packed, key=lambda own: -own.size)
+        fitting = [
+            index
+            for index in range(num_bins)
+            if sizes[index] + size <= capacity and lengths[index] + length <= longest
+        ]
+        if not fitting:
+            left.append(item)
+            continue
+        emptiest = min(fitting, key=sizes.__getitem__)
+        members[emptiest].append(item)
+        sizes[emptiest] += size
+        lengths[emptiest] += length
+    bins = [Bin(tuple(own), size) for own, size in zip(members, sizes) if own]
+    return sorted(bins, key=lambda own: -own.size), left
 
 
 def collate_packed(bins: list[Bin]) -> dict[str, torch.Tensor]:

@@ -99,8 +99,8 @@ def train_vq(recipe: Recipe) -> None:
     other pictures, so that a decoder that draws with the codes that are there goes on drawing), or "decoder" (the pixel
     decoder alone); `new_codebook`: false where the joint phase goes on with the codes that are there; `keep_weight`:
     how firmly the phase "extend" keeps what the encoder says of pictures that were shown well before. `init_from`:
-    `teacher` (not in the phase "extend"), and `vq` to go on from. `config` may name another `vq.codebook_size` in the
-    phases "joint" and "extend".
+    `teacher` (in the phases "pixel" and "joint"), and `vq` to go on from. `config` may name another `vq.codebook_size`
+    in the phases "joint" and "extend".
     """
     phase = recipe.stage_args.get("phase", "joint")
     if phase not in _TRAINED_PARTS:
@@ -108,6 +108,9 @@ def train_vq(recipe: Recipe) -> None:
     source = load_source(recipe.source)
     if phase == "extend":
         _extend(recipe, source)
+        return
+    if phase == "decoder":
+        _train_pixel_decoder(recipe, source)
         return
 
     # 1. The tokenizer of the stage before, or a new one whose semantic branch starts as its teacher.
@@ -124,8 +127,7 @@ def train_vq(recipe: Recipe) -> None:
     else:
         model = NextFlowVQModel(vq_config_of(recipe))
         model.semantic_encoder.load_state_dict(teacher.state_dict())
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.split(".")[0] in _TRAINED_PARTS[phase])
+    _freeze_all_but(model, phase)
     if phase == "joint" and recipe.stage_args.get("new_codebook", True):
         batch, *_ = by_size([source.image(index) for index in range(256)])
         model.start_codebook(batch, torch.Generator().manual_seed(0))
@@ -138,8 +140,29 @@ def train_vq(recipe: Recipe) -> None:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
             with torch.no_grad():
                 targets = model.semantic_features(pixels, teacher)
-            outputs.append(model(pixels, semantic_targets=targets, quantize=phase != "pixel"))
+            outputs.append(model(pixels, semantic_targets=targets, quantize=phase == "joint"))
         return _mean_losses(outputs, [len(pixels) for pixels in batch["pictures"]])
+
+    model = run_stage(recipe, model, PictureDataset(source), _collate, loss)
+    _save(model, recipe)
+
+
+def _train_pixel_decoder(recipe: Recipe, source: PairSource) -> None:
+    """Reconstruct pixels from codes that do not move, by a pixel decoder of the shape that the recipe asks for."""
+    entries = {name.removeprefix("vq."): value for name, value in recipe.config.items()}
+    if {*entries} - _DECODER_ENTRIES:
+        raise ValueError(f'The phase "decoder" changes {sorted(_DECODER_ENTRIES)} alone, not {sorted(entries)}.')
+    config = NextFlowVQConfig.from_pretrained(recipe.init_from["vq"], **entries)
+    # What does not fit the earlier decoder's weights starts anew.
+    model = NextFlowVQModel.from_pretrained(recipe.init_from["vq"], config=config, ignore_mismatched_sizes=True)
+    # A code that these pictures do not need is another's.
+    model.codebook.num_frozen = model.codebook.size
+    _freeze_all_but(model, "decoder")
+    model.to(memory_format=torch.channels_last)
+
+    def loss(model, batch):
+        pictures = [pixels.contiguous(memory_format=torch.channels_last) for pixels in batch["pictures"]]
+        return _mean_losses([model(pixels) for pixels in pictures], list(map(len, pictures)))
 
     model = run_stage(recipe, model, PictureDataset(source), _collate, loss)
     _save(model, recipe)
@@ -156,8 +179,7 @@ def _extend(recipe: Recipe, source: PairSource) -> None:
         raise ValueError(f"To extend {before.codebook.size} codes, `config` names a larger `vq.codebook_size`.")
     model.codebook = DualCodebook(model.config)
     model.codebook.freeze_rows(before.codebook)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.split(".")[0] in _TRAINED_PARTS["extend"])
+    _freeze_all_but(model, "extend")
     batches = by_size([source.image(index) for index in range(256)])
     model.extend_codebook(batches, torch.Generator().manual_seed(0))
     model.to(memory_format=torch.channels_last)
@@ -183,6 +205,11 @@ def _extend(recipe: Recipe, source: PairSource) -> None:
 
     model = run_stage(recipe, model, PictureDataset(source), _collate, loss)
     _save(model, recipe)
+
+
+def _freeze_all_but(model: NextFlowVQModel, phase: str) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.split(".")[0] in _TRAINED_PARTS[phase])
 
 
 def _collate(items: list[dict]) -> dict:
@@ -215,6 +242,8 @@ def _mean_losses(outputs: list[NextFlowVQOutput], pictures: list[int]) -> NextFl
 
 # Mean squared error in [-1, 1] of a picture that a tokenizer shows well: 27 dB.
 _SHOWN_WELL = 0.008
+# What of the configuration the pixel decoder's own phase may change.
+_DECODER_ENTRIES = {"decoder_channels", "decoder_layers", "scale_dropout"}
 _PIXEL_PARTS = {"pixel_encoder", "pixel_proj", "post_pixel_proj", "pixel_decoder"}
 _TRAINED_PARTS = {
     "pixel": _PIXEL_PARTS,

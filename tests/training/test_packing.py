@@ -11,7 +11,7 @@ from nextflow_hf.training.packing import (
     SequenceCost,
     attended_pairs,
     collate_packed,
-    first_fit_decreasing,
+    spread_evenly,
     tokens_of,
 )
 from nextflow_hf.training.sequences import CodedImage
@@ -38,7 +38,8 @@ def test_packed_loss_equals_padded_loss(builder):
     model = nextflow_hf.NextFlowForConditionalGeneration(builder.config).eval()
     items = mixed(builder)
     padded = model(**builder.collate(items))
-    for bins in (first_fit_decreasing(items, 1000, tokens_of), first_fit_decreasing(items, 80, tokens_of)):
+    for bins, left in (spread_evenly(items, 1, 1000), spread_evenly(items, 4, 80)):
+        assert not left
         packed = model(**collate_packed(bins))
         torch.testing.assert_close(packed.loss, padded.loss, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(packed.text_loss, padded.text_loss, rtol=1e-5, atol=1e-5)
@@ -55,6 +56,15 @@ def test_every_sequence_is_packed_once_and_none_overflows():
     assert fill > 0.95
     again = list(PackedSequences([text_of(n) for n in lengths], capacity=128, window=64))
     assert again == bins
+
+
+def test_bins_are_filled_evenly():
+    """Where a packer that fills one bin after another leaves the last of 25 nearly empty, none is."""
+    items = [text_of(n) for n in (60, 50, 40, 30, 20, 10, 10, 10)]
+    bins, left = spread_evenly(items, 3, 100)
+    assert not left and [own.size for own in bins] == [80, 80, 70]
+    bins, left = spread_evenly(items, 2, 100)
+    assert [own.size for own in bins] == [100, 100] and sum(map(tokens_of, left)) == 30
 
 
 def test_rows_are_bounded_whatever_they_cost():

@@ -304,6 +304,34 @@ def test_sources_are_mixed_by_weight_and_the_same_every_time(monkeypatch):
         MixedSource([{"class": "dots:Dots", "weight": 0}])
 
 
+def test_the_decoder_phase_trains_a_wider_pixel_decoder_on_codes_that_stay(tmp_path):
+    before = small_model().vq_model
+    before.save_pretrained(tmp_path / "vq")
+    wider = [2 * own for own in before.config.decoder_channels]
+    recipe = Recipe(
+        stage="vq",
+        output_dir=str(tmp_path / "wide"),
+        init_from={"vq": str(tmp_path / "vq")},
+        source={"class": "dots:Dots", "pictures": 300},
+        config={"vq.decoder_channels": wider},
+        stage_args={"phase": "decoder"},
+        trainer={"max_steps": 3, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True},
+    )
+    run_recipe(recipe)
+    after = NextFlowVQModel.from_pretrained(tmp_path / "wide" / "final")
+    assert after.config.decoder_channels == wider and after.fingerprint() == before.fingerprint()
+    assert after.pixel_decoder.conv_in.weight.shape[0] == wider[-1]
+    moved = {
+        name.split(".")[0]
+        for name, own in before.state_dict().items()
+        if not torch.equal(own, after.state_dict()[name]) and not name.startswith("codebook.usage")
+    }
+    assert moved == {"pixel_decoder", "post_pixel_proj"}
+    recipe.output_dir, recipe.config = str(tmp_path / "other"), {"vq.codebook_size": 48}
+    with pytest.raises(ValueError, match='The phase "decoder" changes'):
+        run_recipe(recipe)
+
+
 def test_a_codebook_grows_in_the_joint_phase_alone(tmp_path):
     small_model().vq_model.save_pretrained(tmp_path / "vq")
     small_model().vq_model.semantic_encoder.save_pretrained(tmp_path / "teacher")
@@ -318,7 +346,7 @@ def test_a_codebook_grows_in_the_joint_phase_alone(tmp_path):
     )
     run_recipe(recipe)
     assert NextFlowVQModel.from_pretrained(tmp_path / "grown" / "final").codebook.size == 48
-    recipe.output_dir, recipe.stage_args = str(tmp_path / "other"), {"phase": "decoder"}
+    recipe.output_dir, recipe.stage_args = str(tmp_path / "other"), {"phase": "pixel"}
     with pytest.raises(ValueError, match='phase "joint" makes a new codebook'):
         run_recipe(recipe)
 
