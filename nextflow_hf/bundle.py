@@ -19,18 +19,20 @@ from .training.stage_trainer import save_whole
 from .training.train_decoder import processor_for
 
 MAX_BYTES, MAX_REFINER_BYTES = 40 * 10**6, 12 * 10**6
+# What drawing may lose where other scores rise.
+MAX_DRAWING_LOSS = 0.02
 _LOG = "training_log.json"
 
 
-def bundle(runs: Path, name: str, decoder: str, **evaluation) -> dict:
+def bundle(runs: Path, name: str, decoder: str, vq: str | None = None, **evaluation) -> dict:
     """Join decoder, tokenizer, processor, logs, scores and card in one folder.
 
     Args:
-        runs: Folder of the runs, with the decoder's, and `vq-decoder/final` (a better pixel decoder on the same codes)
-            if there is one.
-        name: A name of `BUNDLED`. The checkpoint that is there is replaced only by a better drawing score. Logs of
-            stages that were not run here are kept.
+        runs: Folder of the runs.
+        name: A name of `BUNDLED`. The checkpoint that is there is replaced only by a better one ([`check_better`]). Logs
+            of stages that were not run here are kept.
         decoder: Name of the run whose `final` is bundled.
+        vq: Name of a run with a better pixel decoder for the same codes.
         evaluation: Arguments of `evaluate_scenes`.
 
     Returns:
@@ -42,8 +44,8 @@ def bundle(runs: Path, name: str, decoder: str, **evaluation) -> dict:
     target = Path(BUNDLED[name])
     # 1. The decoder, with the best pixel decoder for its codes.
     model = NextFlowForConditionalGeneration.from_pretrained(runs / decoder / "final").eval()
-    if (runs / "vq-decoder" / "final").is_dir():
-        model.set_vq_model(NextFlowVQModel.from_pretrained(runs / "vq-decoder" / "final").eval())
+    if vq is not None:
+        model.set_vq_model(NextFlowVQModel.from_pretrained(runs / vq / "final").eval())
     processor = processor_for(model.config, PreTrainedTokenizerFast.from_pretrained(runs / decoder / "final"))
     candidate = runs / "candidate"
     logs = json.loads((target / _LOG).read_text()) if (target / _LOG).is_file() else {}
@@ -67,10 +69,7 @@ def bundle(runs: Path, name: str, decoder: str, **evaluation) -> dict:
     # Beside the candidate whether it is taken or not.
     (candidate / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     if (target / "evaluation.json").is_file():
-        before = json.loads((target / "evaluation.json").read_text())["drawing"]["overall"]["score"]
-        after = result["drawing"]["overall"]["score"]
-        if after <= before:
-            raise ValueError(f"The score {after} does not beat {before}; nothing changed.")
+        check_better(json.loads((target / "evaluation.json").read_text()), result)
     loaded, _ = load(str(candidate))
     card = model_card(name, loaded, result)
     (candidate / "README.md").write_text(card.content)
@@ -79,6 +78,42 @@ def bundle(runs: Path, name: str, decoder: str, **evaluation) -> dict:
     target.parent.mkdir(parents=True, exist_ok=True)
     save_whole(target, lambda folder: shutil.copytree(candidate, folder, dirs_exist_ok=True))
     return result
+
+
+def check_better(before: dict, after: dict) -> None:
+    """Whether a checkpoint may take another's place: the mean of its scores is higher, and drawing not lost to the rest.
+
+    Args:
+        before: Scores of the checkpoint that is there, as [`evaluate_scenes`] returns them.
+        after: Scores of the other; what only one of the two was measured in counts as 0 for the other.
+
+    Raises:
+        ValueError: If it may not.
+    """
+    old, new = scores_of(before), scores_of(after)
+    names = sorted({*old, *new})
+    means = [sum(own.get(name, 0.0) for name in names) / len(names) for own in (old, new)]
+    lost = old["drawing"] - new["drawing"]
+    if means[1] <= means[0] or lost > MAX_DRAWING_LOSS:
+        changes = [f"{name} {old.get(name, 0.0):.3f} to {new.get(name, 0.0):.3f}" for name in names]
+        raise ValueError(
+            f"The scores' mean goes from {means[0]:.4f} to {means[1]:.4f} and drawing loses {lost:.3f} (at most "
+            f"{MAX_DRAWING_LOSS}); nothing changed. {', '.join(changes)}."
+        )
+
+
+def scores_of(result: dict) -> dict[str, float]:
+    """One number for each measure: drawing at every size, captions, every ability; not those of single kinds."""
+    found = {"drawing": result["drawing"]["overall"]["score"]}
+    for size, own in result.get("drawing_at_other_sizes", {}).items():
+        found[f"drawing at {size}"] = own["overall"]["score"]
+    if "captions" in result:
+        found["captions"] = result["captions"]["score"]
+    for group, scores in result.get("abilities", {}).items():
+        for name, own in scores.items():
+            if isinstance(own, dict) and not name.startswith("questions:"):
+                found[f"{name} ({group})"] = own["score"]
+    return found
 
 
 def bundle_refiner(run: Path, name: str) -> Path:
@@ -134,6 +169,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("name", choices=BUNDLED)
     parser.add_argument("decoder", help="name of the run")
+    parser.add_argument("--vq", help="name of a run with a better pixel decoder for the same codes")
     parser.add_argument("--refiner", action="store_true", help="the run is a refiner's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -141,7 +177,7 @@ def main() -> None:
     if args.refiner:
         print(bundle_refiner(args.runs / args.decoder, args.name))
         return
-    print(table(bundle(args.runs, args.name, args.decoder)))
+    print(table(bundle(args.runs, args.name, args.decoder, args.vq)))
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def evaluate_scenes(
     """Everything that is measured of a checkpoint on scenes, with every setting that moves a score.
 
     The first of the checkpoint's sizes is measured in full; of the others, drawing with one picture a prompt. `tests`
-    are those of each further ability ([`abilities`]), measured at every square size; 0 leaves them out.
+    are those of each further ability ([`abilities`]); 0 leaves them out.
     """
     model, processor = load(checkpoint)
     size, *other_sizes = _sizes(model)
@@ -158,12 +158,10 @@ def evaluate_scenes(
     if model.config.abilities is None or "caption" in model.config.abilities:
         result["captions"] = score_captions(model, processor, captions, seed=seed)
     if tests:
-        squares = [own for own in (size, *other_sizes) if own[0] == own[1]]
-        result["abilities"] = {
-            f"{own[0]}x{own[1]}": score_abilities(Tested(model, processor, own, tests, seed)) for own in squares
-        }
+        tested = Tested(model, processor, size, tests, seed)
+        result["abilities"] = {f"{size[0]}x{size[1]}": score_abilities(tested)}
         if {SIGN_SIZE, DOCUMENT_SIZE} <= {size, *other_sizes}:
-            result["abilities"]["words"] = score_words(Tested(model, processor, size, tests, seed))
+            result["abilities"]["words"] = score_words(tested)
     chosen = model._image_sampling(
         **{name: sampling.get(name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
     )

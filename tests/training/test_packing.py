@@ -59,7 +59,7 @@ def test_every_sequence_is_packed_once_and_none_overflows():
 
 
 def test_bins_are_filled_evenly():
-    """Where a packer that fills one bin after another leaves the last of 25 nearly empty, none is."""
+    """No bin is left nearly empty, and what has no room is given back."""
     items = [text_of(n) for n in (60, 50, 40, 30, 20, 10, 10, 10)]
     bins, left = spread_evenly(items, 3, 100)
     assert not left and [own.size for own in bins] == [80, 80, 70]

@@ -1,0 +1,56 @@
+"""Which checkpoint may take another's place in the box."""
+
+import pytest
+
+from nextflow_hf.bundle import check_better, scores_of
+
+
+def scores(drawing, questions, **more):
+    def score(value):
+        return {"score": value, "low": 0.0, "high": 1.0}
+
+    return {
+        "drawing": {"overall": score(drawing), "colors": score(0.1)},
+        "drawing_at_other_sizes": {"48x80": {"overall": score(0.5), "colors": score(0.1)}},
+        "captions": score(0.9),
+        "abilities": {
+            "64x64": {
+                "questions": score(questions),
+                "questions: count": score(0.1),
+                "masked edits: change outside, levels": 0.3,
+            },
+            **{group: {"drawn": score(value)} for group, value in more.items()},
+        },
+    }
+
+
+def test_every_measure_counts_once_and_kinds_do_not():
+    assert scores_of(scores(0.7, 0.6)) == {
+        "drawing": 0.7,
+        "drawing at 48x80": 0.5,
+        "captions": 0.9,
+        "questions (64x64)": 0.6,
+    }
+
+
+@pytest.mark.parametrize(
+    "after, taken",
+    [
+        (scores(0.72, 0.6), True),
+        (scores(0.70, 0.6), False),
+        (scores(0.69, 0.8), True),
+        (scores(0.67, 0.9), False),
+        (scores(0.69, 0.6, words=0.2), True),
+    ],
+)
+def test_a_checkpoint_is_replaced_where_scores_rise_and_drawing_is_kept(after, taken):
+    if taken:
+        check_better(scores(0.70, 0.6), after)
+    else:
+        with pytest.raises(ValueError, match="nothing changed"):
+            check_better(scores(0.70, 0.6), after)
+
+
+def test_an_ability_that_is_gone_counts_as_nothing():
+    with pytest.raises(ValueError, match=r"drawn \(words\) 0.500 to 0.000"):
+        check_better(scores(0.70, 0.6, words=0.5), scores(0.71, 0.61))
