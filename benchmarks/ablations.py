@@ -215,7 +215,7 @@ def tokenizer_for(kind: str, seed: int, effort: Effort) -> NextFlowVQModel:
     }
     model.load_state_dict(start, strict=False)
     train = scenes(effort.tokenizer_steps * effort.tokenizer_batch, seed, "train")
-    model.train().start_codebook(pixels_of(train[:128], 32), torch.Generator().manual_seed(seed))
+    model.train().start_codebook([pixels_of(train[:128], 32)], torch.Generator().manual_seed(seed))
     optimizer = torch.optim.AdamW(model.parameters(), 1.5e-3, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, effort.tokenizer_steps, pct_start=0.1)
     for step in range(effort.tokenizer_steps):

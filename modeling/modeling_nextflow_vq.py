@@ -559,22 +559,30 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         return output if return_dict in (None, True) else output.to_tuple()
 
     @torch.no_grad()
-    def start_codebook(self, pixel_values: torch.Tensor, generator: torch.Generator) -> None:
-        """Put the codes onto encoder outputs of all scales: random ones of these `(batch, 3, H, W)` pictures.
+    def start_codebook(self, pictures: Sequence[torch.Tensor], generator: torch.Generator) -> None:
+        """Put the codes onto encoder outputs of all scales, random ones of these pictures.
 
         Scales are visited coarse to fine, each on the residual that the codes chosen so far leave.
+
+        Args:
+            pictures: Pixels in batches `(batch, 3, H, W)`, each of one size.
+            generator: Source of the choice.
         """
-        latents, _ = self.latents(pixel_values)
-        grids = self._check_grids(None, latents.shape[-2:])
-        residual = latents
-        shares = torch.linspace(0, self.codebook.size, len(grids) + 1).round().long().tolist()
-        for grid, first, end in zip(grids, shares, shares[1:]):
-            vectors = self.codebook.normalize(_pool(residual, grid))
-            picks = torch.randint(len(vectors), (end - first,), generator=generator)
-            self._move_codes(torch.arange(first, end), vectors[picks])
+        residuals = [self.latents(pixels)[0] for pixels in pictures]
+        grids = [self._check_grids(None, own.shape[-2:]) for own in residuals]
+        shares = torch.linspace(0, self.codebook.size, max(map(len, grids)) + 1).round().long().tolist()
+        for scale, (first, end) in enumerate(zip(shares, shares[1:])):
+            # Pictures of a lower level have fewer scales.
+            members = [batch for batch, own in enumerate(grids) if scale < len(own)]
+            vectors = [self.codebook.normalize(_pool(residuals[batch], grids[batch][scale])) for batch in members]
+            candidates = torch.cat(vectors)
+            picks = torch.randint(len(candidates), (end - first,), generator=generator)
+            self._move_codes(torch.arange(first, end), candidates[picks])
             table = self.codebook.table()[:end]
-            nearest = self.codebook.nearest(vectors, table)[1][:, 0]
-            residual = residual - upsample(_to_map(table[nearest], len(latents), grid), latents.shape[-2:])
+            for batch, own in zip(members, vectors):
+                nearest = self.codebook.nearest(own, table)[1][:, 0]
+                quantized = _to_map(table[nearest], len(residuals[batch]), grids[batch][scale])
+                residuals[batch] = residuals[batch] - upsample(quantized, residuals[batch].shape[-2:])
 
     @torch.no_grad()
     def extend_codebook(self, pictures: Sequence[torch.Tensor], generator: torch.Generator) -> None:

@@ -1,11 +1,21 @@
 """Recipes: one YAML file per training stage."""
 
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
 
 RECIPES = Path(__file__).parent / "recipes"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the numbers of version 1.2: `5.0e14` and `1e-4`, which version 1.1 takes for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$"), list("-+.0123456789")
+)
 
 
 @dataclass
@@ -46,7 +56,7 @@ def load_recipe(name: str, overrides: list[str] = ()) -> Recipe:
     if not path.is_file():
         known = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
         raise ValueError(f"There is no recipe {name!r}; the package has {known}, or give the path of a YAML file.")
-    content = yaml.safe_load(path.read_text())
+    content = yaml.load(path.read_text(), _Loader)
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
@@ -55,7 +65,7 @@ def load_recipe(name: str, overrides: list[str] = ()) -> Recipe:
         place = content
         for parent in parents:
             place = place.setdefault(parent, {})
-        place[last] = yaml.safe_load(value)
+        place[last] = yaml.load(value, _Loader)
     unknown = set(content) - {own.name for own in fields(Recipe)}
     if unknown:
         raise ValueError(f"Recipe {path.name} has unknown entries {sorted(unknown)}.")

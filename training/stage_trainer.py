@@ -190,6 +190,8 @@ def run_stage(
         "use_cpu": not torch.accelerator.is_available(),
         # Every rank reads a stream itself and takes its turns: rows of unequal length cannot be cut from one batch.
         "accelerator_config": {"dispatch_batches": False},
+        # A rank may run a model more often in a step than another: once for each size of its pictures.
+        "ddp_broadcast_buffers": False,
         **zero_arguments(recipe.trainer),
     }
     last = last_checkpoint(folder)

@@ -5,12 +5,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast, reduce
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast, Siglip2Config, Siglip2Model, Siglip2VisionModel
+from transformers import PreTrainedTokenizerFast, Siglip2Config, Siglip2Model, Siglip2VisionModel, TrainerCallback
 
 from ..modeling.configuration_nextflow import NextFlowConfig, NextFlowVQConfig
-from ..modeling.modeling_nextflow_vq import DualCodebook, NextFlowVQModel, NextFlowVQOutput, patchify
+from ..modeling.modeling_nextflow_vq import (
+    DualCodebook,
+    NextFlowVQModel,
+    NextFlowVQOutput,
+    patchify,
+    siglip2_features,
+)
 from .data import PairSource, load_source, to_pixels
+from .processes import all_processes
 from .recipe import Recipe
 from .stage_trainer import run_stage, save_whole
 
@@ -42,6 +50,22 @@ class ExtendingOutput(NextFlowVQOutput):
     """
 
     keep_loss: torch.FloatTensor | None = None
+
+
+class CodebookCallback(TrainerCallback):
+    """Keeps the codebook the same in all processes: each moves dead codes onto outputs of its own pictures.
+
+    The first process' codes are everyone's, and how often a code was chosen is everyone's mean.
+    """
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if all_processes().num_processes == 1:
+            return
+        codebook = model.codebook
+        codebook.usage.copy_(reduce(codebook.usage, "mean"))
+        for table in (codebook.semantic.weight, codebook.pixel.weight):
+            broadcast(table.data)
 
 
 def train_teacher(recipe: Recipe) -> None:
@@ -129,21 +153,22 @@ def train_vq(recipe: Recipe) -> None:
         model.semantic_encoder.load_state_dict(teacher.state_dict())
     _freeze_all_but(model, phase)
     if phase == "joint" and recipe.stage_args.get("new_codebook", True):
-        batch, *_ = by_size([source.image(index) for index in range(256)])
-        model.start_codebook(batch, torch.Generator().manual_seed(0))
+        model.start_codebook(_start_pictures(source), torch.Generator().manual_seed(0))
     model.to(memory_format=torch.channels_last)
 
     # 2. Reconstruct pixels and the frozen teacher's features.
+    layer = model.config.semantic_layer
+
     def loss(model, batch):
         outputs = []
         for pixels in batch["pictures"]:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
             with torch.no_grad():
-                targets = model.semantic_features(pixels, teacher)
+                targets = siglip2_features(teacher.to(pixels.device), pixels, layer)
             outputs.append(model(pixels, semantic_targets=targets, quantize=phase == "joint"))
         return _mean_losses(outputs, [len(pixels) for pixels in batch["pictures"]])
 
-    model = run_stage(recipe, model, PictureDataset(source), _collate, loss)
+    model = run_stage(recipe, model, PictureDataset(source), _collate, loss, [CodebookCallback()])
     _save(model, recipe)
 
 
@@ -164,7 +189,7 @@ def _train_pixel_decoder(recipe: Recipe, source: PairSource) -> None:
         pictures = [pixels.contiguous(memory_format=torch.channels_last) for pixels in batch["pictures"]]
         return _mean_losses([model(pixels) for pixels in pictures], list(map(len, pictures)))
 
-    model = run_stage(recipe, model, PictureDataset(source), _collate, loss)
+    model = run_stage(recipe, model, PictureDataset(source), _collate, loss, [CodebookCallback()])
     _save(model, recipe)
 
 
@@ -180,8 +205,7 @@ def _extend(recipe: Recipe, source: PairSource) -> None:
     model.codebook = DualCodebook(model.config)
     model.codebook.freeze_rows(before.codebook)
     _freeze_all_but(model, "extend")
-    batches = by_size([source.image(index) for index in range(256)])
-    model.extend_codebook(batches, torch.Generator().manual_seed(0))
+    model.extend_codebook(_start_pictures(source), torch.Generator().manual_seed(0))
     model.to(memory_format=torch.channels_last)
     before.to(memory_format=torch.channels_last)
 
@@ -193,6 +217,7 @@ def _extend(recipe: Recipe, source: PairSource) -> None:
         for pixels in batch["pictures"]:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
             with torch.no_grad():
+                before.to(pixels.device)
                 wanted = before.encode(pixels).features
                 error = (before.decode_features(wanted) - pixels).square().mean(dim=(1, 2, 3))
             output = model(pixels)
@@ -203,7 +228,7 @@ def _extend(recipe: Recipe, source: PairSource) -> None:
             outputs.append(ExtendingOutput(**losses, keep_loss=keep_loss.detach()))
         return _mean_losses(outputs, [len(pixels) for pixels in batch["pictures"]])
 
-    model = run_stage(recipe, model, PictureDataset(source), _collate, loss)
+    model = run_stage(recipe, model, PictureDataset(source), _collate, loss, [CodebookCallback()])
     _save(model, recipe)
 
 
@@ -223,6 +248,13 @@ def _save(model: NextFlowVQModel, recipe: Recipe) -> None:
     save_whole(Path(recipe.output_dir) / "final", lambda folder: model.save_pretrained(folder))
 
 
+def _start_pictures(source: PairSource) -> list[torch.Tensor]:
+    """Pictures that a codebook starts from, in small batches of one size."""
+    return [
+        part for batch in by_size([source.image(index) for index in range(_START_PICTURES)]) for part in batch.split(32)
+    ]
+
+
 def by_size(images: list[np.ndarray]) -> list[torch.Tensor]:
     """uint8 pictures `(height, width, 3)` as batches `(n, 3, height, width)` in [-1, 1], one for each size."""
     groups: dict[tuple, list[np.ndarray]] = {}
@@ -240,6 +272,7 @@ def _mean_losses(outputs: list[NextFlowVQOutput], pictures: list[int]) -> NextFl
     )
 
 
+_START_PICTURES = 256
 # Mean squared error in [-1, 1] of a picture that a tokenizer shows well: 27 dB.
 _SHOWN_WELL = 0.008
 # What of the configuration the pixel decoder's own phase may change.

@@ -133,7 +133,7 @@ def test_quantizes_in_float32_whatever_the_dtype(vq_model, pixels, tmp_path):
 
 def test_training_moves_every_part_and_lowers_the_loss(vq_model, pixels):
     vq_model.train()
-    vq_model.start_codebook(pixels, torch.Generator().manual_seed(0))
+    vq_model.start_codebook([pixels], torch.Generator().manual_seed(0))
     vq_model.config.scale_dropout = 0.0
     optimizer = torch.optim.Adam(vq_model.parameters(), 3e-3)
     losses = []
@@ -181,7 +181,7 @@ def test_new_codes_go_where_the_old_ones_fit_worst(vq_model, pixels):
     before = vq_model.codebook
     known, strange = pixels[:1], -pixels[:1]
     # The old codes are those that show one picture.
-    vq_model.start_codebook(known, torch.Generator().manual_seed(0))
+    vq_model.start_codebook([known], torch.Generator().manual_seed(0))
     vq_model.config.codebook_size = before.size + 32
     vq_model.codebook = DualCodebook(vq_model.config)
     vq_model.codebook.freeze_rows(before)

@@ -183,3 +183,60 @@ def test_a_run_killed_five_times_ends_with_the_same_weights(start, run, tmp_path
     _, resumed = run("killed", steps=20)
     for (name, one), (_, other) in zip(whole.state_dict().items(), resumed.state_dict().items(), strict=True):
         assert torch.equal(one, other), name
+
+
+VQ_SCRIPT = """
+import sys
+import torch
+sys.path[:0] = {path!r}
+torch.set_num_threads(1)
+from nextflow_hf.modeling.modeling_nextflow_vq import NextFlowVQModel
+from nextflow_hf.training import train_vq
+from nextflow_hf.training.processes import all_processes
+from nextflow_hf.training.recipe import Recipe
+from nextflow_hf.training.stages import run_recipe
+
+agreed = []
+
+
+class Agreement(train_vq.CodebookCallback):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        super().on_step_end(args, state, control, model=model)
+        from accelerate.utils import gather
+
+        for own in (model.codebook.pixel.weight, model.codebook.usage, model.pixel_decoder.conv_in.weight):
+            first, second = gather(own.detach()[None]).unbind()
+            agreed.append(torch.equal(first, second))
+
+
+train_vq.CodebookCallback = Agreement
+mixed = {{
+    "class": "nextflow_hf.training.data:MixedSource",
+    "sources": [{{"class": "dots:Dots"}}, {{"class": "dots:Dots", "size": 64, "weight": 0.2}}],
+    "num_pictures": 300,
+}}
+run_recipe(Recipe(
+    stage="vq",
+    output_dir="run",
+    init_from={{"vq": "vq", "teacher": "teacher"}},
+    config={{"vq.dead_code_threshold": 0.5}},
+    source=mixed,
+    stage_args={{"phase": "joint"}},
+    trainer={{"max_steps": 6, "per_device_train_batch_size": 3, "learning_rate": 1e-3, "disable_tqdm": True}},
+))
+assert len(agreed) == 18 and all(agreed), agreed
+NextFlowVQModel.from_pretrained("run/final")
+"""
+
+
+def test_the_tokenizers_of_two_processes_with_pictures_of_other_sizes_stay_one(tmp_path):
+    """Neither waits for the other where it has more sizes in a step, and dead codes move alike in both."""
+    vq_model = small_model().vq_model
+    vq_model.save_pretrained(tmp_path / "vq")
+    vq_model.semantic_encoder.save_pretrained(tmp_path / "teacher")
+    here = Path(__file__).parent
+    script = tmp_path / "train.py"
+    script.write_text(VQ_SCRIPT.format(path=[str(here), str(here.parent)]))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(launch, cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
