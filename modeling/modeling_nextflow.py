@@ -256,6 +256,11 @@ class NextFlowModel(NextFlowPreTrainedModel):
         embeddings = self.scale_embedding(torch.full_like(num_scales, scale), num_scales)
         return self.connector(features) + embeddings[:, None]
 
+    def _no_image(self, device: torch.device) -> torch.Tensor:
+        """A zero with gradients of zero: other processes, whose rows have pictures, wait for a gradient of these."""
+        features = torch.zeros(1, 1, self.config.vq_config.code_dim, device=device)
+        return 0.0 * self.embed_block(features, 0, torch.ones(1, dtype=torch.long, device=device)).sum()
+
     def _slot_features(
         self, codes: torch.LongTensor, grids: tuple[Grid, ...], num_blocks: int, final_only: bool
     ) -> torch.Tensor:
@@ -339,6 +344,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
             block_sequence_ids = layout.block_ids if block_sequence_ids is None else block_sequence_ids
         elif input_ids is not None and past_key_values is None and (input_ids == self.config.image_token_id).any():
             raise ValueError("The text holds image placeholders, but neither `pixel_values` nor `image_codes` came.")
+        elif self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
+            inputs_embeds = inputs_embeds + self._no_image(inputs_embeds.device).to(inputs_embeds.dtype)
 
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:

@@ -8,6 +8,7 @@ transformers' and TRL's own packing takes positions that do not grow by one for 
 pictures break; here a document id stands at every position (`NextFlowModel.forward`).
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ..modeling.configuration_nextflow import NextFlowConfig
 from ..modeling.scale_schedule import Grid, all_blocks, read_blocks
 from .sequences import IGNORED, ids_of, pad_rows, stack_images
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,10 @@ class PackedSequences(IterableDataset):
         max_tokens: Longest row, whatever its size: what memory allows.
         window: Sequences looked at together.
         min_fill: Share of the capacity at which a bin counts as full.
+        max_oversized: Share of the sequences that may be left out, each with a warning, as they are larger than a bin.
 
     Raises:
-        ValueError: At iteration, if a sequence is larger than a bin.
+        ValueError: At iteration, if more sequences are larger than a bin.
     """
 
     def __init__(
@@ -113,14 +117,16 @@ class PackedSequences(IterableDataset):
         max_tokens: int | None = None,
         window: int = 256,
         min_fill: float = 0.9,
+        max_oversized: float = 0.01,
     ):
-        if capacity <= 0 or window < 1 or not 0 <= min_fill <= 1:
+        if capacity <= 0 or window < 1 or not 0 <= min_fill <= 1 or not 0 <= max_oversized <= 1:
             raise ValueError(
-                "Packing needs a positive capacity, a window of at least one sequence and a fill share in [0, 1], got "
-                f"{capacity}, {window}, {min_fill}."
+                "Packing needs a positive capacity, a window of at least one sequence, and shares in [0, 1] of filling "
+                f"and of oversized sequences, got {capacity}, {window}, {min_fill}, {max_oversized}."
             )
         self.sequences, self.capacity, self.size_of = sequences, capacity, size_of
         self.max_tokens, self.window, self.min_fill = max_tokens, window, min_fill
+        self.max_oversized = max_oversized
 
     def __iter__(self) -> Iterator[Bin]:
         worker = get_worker_info()
@@ -131,8 +137,13 @@ class PackedSequences(IterableDataset):
 
     def _bins(self) -> Iterator[Bin]:
         waiting: list[dict] = []
-        for item in self.sequences:
-            waiting.append(item)
+        oversized = 0
+        for seen, item in enumerate(self.sequences, 1):
+            if self._fits(item):
+                waiting.append(item)
+            else:
+                oversized += 1
+                self._leave_out(item, oversized, seen)
             if len(waiting) >= self.window:
                 full, waiting = self._pack(waiting)
                 yield from full
@@ -141,6 +152,21 @@ class PackedSequences(IterableDataset):
                     yield from self._all(waiting)
                     waiting = []
         yield from self._all(waiting)
+
+    def _fits(self, item: dict) -> bool:
+        return self.size_of(item) <= self.capacity and (self.max_tokens is None or tokens_of(item) <= self.max_tokens)
+
+    def _leave_out(self, item: dict, oversized: int, seen: int) -> None:
+        text = (
+            f"Sequence {item.get('id')} of {tokens_of(item)} tokens and size {self.size_of(item):.3g} does not fit a bin "
+            f"of capacity {self.capacity:.3g} and at most {self.max_tokens} tokens"
+        )
+        # By chance a stream may begin with one.
+        if oversized > self.max_oversized * max(seen, self.window):
+            raise ValueError(
+                f"{text}, nor did {oversized - 1} of the {seen - 1} before it. Raise the capacity, or `max_oversized`."
+            )
+        logger.warning("%s, and is left out.", text)
 
     def _all(self, items: list[dict]) -> list[Bin]:
         bins, left = self._spread(items, math.ceil)
@@ -180,22 +206,14 @@ def spread_evenly(
 
     Returns:
         The bins that got items, fullest first, and the items that no bin has room for.
-
-    Raises:
-        ValueError: If an item is larger than an empty bin.
     """
     sized = sorted(((size_of(item), item) for item in items), key=lambda pair: -pair[0])
+    longest = float("inf") if max_tokens is None else max_tokens
     members: list[list[dict]] = [[] for _ in range(num_bins)]
     sizes, lengths = [0.0] * num_bins, [0] * num_bins
     left = []
     for size, item in sized:
         length = tokens_of(item)
-        longest = float("inf") if max_tokens is None else max_tokens
-        if size > capacity or length > longest:
-            raise ValueError(
-                f"A sequence of {length} tokens and size {size:.3g} does not fit a bin of capacity {capacity:.3g} and "
-                f"at most {max_tokens} tokens. Raise the capacity, or leave such sequences out."
-            )
         fitting = [
             index
             for index in range(num_bins)

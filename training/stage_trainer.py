@@ -25,6 +25,9 @@ _EMA_FILE = "ema.safetensors"
 class EmaCallback(TrainerCallback):
     """Exponential moving average of the trained weights, saved beside every checkpoint.
 
+    An average of weights in bfloat16 is in bfloat16, too: a step moves it by less than it can tell apart, and so moves
+    it by chance, as often as is right on average.
+
     Args:
         decay: Share of the average that a step keeps. Early steps keep less: min(decay, (1 + n) / (10 + n)).
         resume_from: Checkpoint folder whose average is taken up, if there is one.
@@ -47,8 +50,19 @@ class EmaCallback(TrainerCallback):
     @torch.no_grad()
     def on_step_end(self, args, state, control, model=None, **kwargs):
         decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
-        own = [own_part(p) for p in model.parameters() if p.requires_grad]
-        torch._foreach_lerp_(list(self.average.values()), own, 1 - decay)
+        generator = None
+        fine, own = [], []
+        for average, parameter in zip(self.average.values(), (p for p in model.parameters() if p.requires_grad)):
+            if average.dtype != torch.bfloat16:
+                fine.append(average)
+                own.append(own_part(parameter))
+                continue
+            if generator is None:
+                generator = torch.Generator(average.device).manual_seed(state.global_step)
+            exact = average.float().lerp_(own_part(parameter).float(), 1 - decay)
+            average.copy_(round_by_chance(exact, generator))
+        if fine:
+            torch._foreach_lerp_(fine, own, 1 - decay)
 
     def on_save(self, args, state, control, model=None, **kwargs):
         # Sharded weights are gathered from all processes, and written by one, when all have written what they hold:
@@ -67,6 +81,13 @@ class EmaCallback(TrainerCallback):
         for name, parameter in model.named_parameters():
             if name in self.average:
                 own_part(parameter).copy_(self.average[name])
+
+
+def round_by_chance(exact: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """float32 to bfloat16, up or down with the chance that makes the mean exact (stochastic rounding)."""
+    bits = exact.view(torch.int32)
+    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
+    return ((bits + noise) & -(1 << 16)).view(torch.float32).bfloat16()
 
 
 class FiniteCallback(TrainerCallback):

@@ -27,6 +27,8 @@ from .sharding import is_sharded
 from .stage_trainer import PictureCallback, run_stage, save_whole
 from .vocabulary import with_vocabulary
 
+_DTYPES = ("auto", "float32", "bfloat16")
+
 
 class DrawAndReadDataset(Dataset):
     """Sequences that draw a picture or answer a question about it.
@@ -129,7 +131,8 @@ def train_decoder(recipe: Recipe) -> None:
       `lora` (arguments of `peft.LoraConfig`; the result has the adapter in `adapter` and is merged in `final`); with
       `head_rows: codes` the head's rows of text stay as they are, and no weight may decay;
     * how: `prefix_scales`, `prompt_dropout`, `attn_implementation`, `fsdp_size` (processes over which weights,
-      gradients and the optimizer are sharded; goes on from a saved `decoder`);
+      gradients and the optimizer are sharded; goes on from a saved `decoder`), `dtype` (in which weights and the
+      optimizer are kept; that in which `decoder` was saved where it is missing);
     * what the checkpoint carries: `abilities`, `sampling` (its `image_*` generation settings);
     * samples on the way: `sample_prompts`, `sample_every`, `image_size` (not where weights are sharded);
     * for `data`: `sequences` (how many, before they come again), `task_inversion`, and `packing` (`unit`: "tokens" or
@@ -137,7 +140,7 @@ def train_decoder(recipe: Recipe) -> None:
     * for a `source`: `codes` (file of extracted codes), `read_share`, `epochs`.
 
     Raises:
-        ValueError: If the recipe names neither `data` nor `source`, an unknown unit, a part that the model does not
+        ValueError: If the recipe names neither `data` nor `source`, an unknown unit or dtype, a part that the model does not
             have, or parts and `lora` at once, or if it would shard a decoder that is not saved, or draw samples with
             one that is sharded.
     """
@@ -145,6 +148,8 @@ def train_decoder(recipe: Recipe) -> None:
     unknown = set(stage.get("abilities") or ()) - set(ABILITIES)
     if unknown:
         raise ValueError(f"`abilities` must be of {ABILITIES}, got {sorted(unknown)}.")
+    if stage.get("dtype", "auto") not in _DTYPES:
+        raise ValueError(f"`dtype` must be one of {_DTYPES}, got {stage['dtype']!r}.")
     if bool(recipe.data) == bool(recipe.source):
         raise ValueError("A decoder's recipe needs either `data` (extracted datasets) or a `source` of pictures.")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(recipe.init_from["tokenizer"])
@@ -216,7 +221,8 @@ def _decoder_of(recipe: Recipe, vq_model: NextFlowVQModel) -> NextFlowForConditi
     if "fsdp_size" in recipe.stage_args:
         return _sharded_decoder_of(recipe, fingerprint)
     if "decoder" in recipe.init_from:
-        model = NextFlowForConditionalGeneration.from_pretrained(recipe.init_from["decoder"])
+        dtype = recipe.stage_args.get("dtype", "auto")
+        model = NextFlowForConditionalGeneration.from_pretrained(recipe.init_from["decoder"], dtype=dtype)
         model = _with_vocabulary_of(recipe, model, vq_model)
         _set_entries(model, recipe.config)
     else:
@@ -259,7 +265,9 @@ def _sharded_decoder_of(recipe: Recipe, fingerprint: str) -> NextFlowForConditio
     if size != processes:
         raise ValueError(f"`fsdp_size` is {size}, but {processes} processes run; start as many (`torchrun`).")
     model = NextFlowForConditionalGeneration.from_pretrained(
-        recipe.init_from["decoder"], distributed_config=DistributedConfig(fsdp_size=size)
+        recipe.init_from["decoder"],
+        dtype=recipe.stage_args.get("dtype", "auto"),
+        distributed_config=DistributedConfig(fsdp_size=size),
     )
     _set_entries(model, recipe.config)
     if model.config.codebook_fingerprint != fingerprint:

@@ -7,6 +7,7 @@ import nextflow_hf
 from nextflow_hf.modeling.configuration_nextflow import NextFlowConfig
 from nextflow_hf.modeling.image_layout import layout_sequences
 from nextflow_hf.training.packing import (
+    Bin,
     PackedSequences,
     SequenceCost,
     attended_pairs,
@@ -72,11 +73,16 @@ def test_rows_are_bounded_whatever_they_cost():
     assert {len(own.items) for own in bins} <= {1, 2, 3} and sum(len(own.items) for own in bins) == 50
 
 
-def test_a_sequence_larger_than_a_bin_is_an_error():
-    with pytest.raises(ValueError, match="does not fit a bin"):
-        list(PackedSequences([text_of(200)], capacity=128))
+def test_sequences_larger_than_a_bin_are_left_out_up_to_a_limit(caplog):
+    long = {**text_of(200), "id": "long"}
+    items = [*[text_of(20)] * 150, long, *[text_of(20)] * 50]
+    bins = list(PackedSequences(items, capacity=128, window=100))
+    assert sum(len(own.items) for own in bins) == 200
+    assert "Sequence long of 200 tokens" in caplog.text
+    with pytest.raises(ValueError, match="nor did 1 of the 151 before it"):
+        list(PackedSequences([*items[:151], long], capacity=128, window=100))
     with pytest.raises(ValueError, match="at most 100 tokens"):
-        list(PackedSequences([text_of(120)], capacity=128, max_tokens=100))
+        list(PackedSequences([text_of(120)], capacity=128, max_tokens=100, window=1))
     with pytest.raises(ValueError, match="positive capacity"):
         PackedSequences([], capacity=0)
 
@@ -100,3 +106,17 @@ def test_the_cost_of_the_7b():
     assert cost.per_token == pytest.approx(2 * 6.525e9, rel=1e-3)
     caption = cost({**text_of(100), "labels": [-100] * 100})
     assert caption == pytest.approx(100 * cost.per_token, rel=0.01)
+
+
+def test_a_row_of_text_alone_has_gradients_of_zero_for_the_rest_where_there_are_other_processes(monkeypatch, builder):
+    """Which would wait for them."""
+    model = nextflow_hf.NextFlowForConditionalGeneration(builder.config).train()
+    row = collate_packed([Bin((text_of(8),), 8)])
+    row = {name: own for name, own in row.items() if not name.startswith("image")}
+    alone = model(**row).loss
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    loss = model(**row).loss
+    loss.backward()
+    assert torch.equal(loss, alone)
+    for part in (model.model.connector, model.model.scale_embedding):
+        assert all(p.grad is not None and not p.grad.any() for p in part.parameters())

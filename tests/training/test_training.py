@@ -10,7 +10,7 @@ from dots import SQUARE, Dots, codes_of
 from PIL import Image
 from safetensors.torch import load_file
 from small_models import small_config, small_model
-from transformers import AutoProcessor, TrainingArguments
+from transformers import AutoProcessor, TrainerState, TrainingArguments
 
 import nextflow_hf
 from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
@@ -24,7 +24,7 @@ from nextflow_hf.training.documents import load_reader
 from nextflow_hf.training.grpo import NextFlowGRPOConfig
 from nextflow_hf.training.recipe import RECIPES, Recipe, load_recipe
 from nextflow_hf.training.sequences import CodedImage, SequenceBuilder
-from nextflow_hf.training.stage_trainer import NonFiniteError, check_writable, run_stage, save_whole
+from nextflow_hf.training.stage_trainer import EmaCallback, NonFiniteError, check_writable, run_stage, save_whole
 from nextflow_hf.training.stages import STAGES, run_recipe
 from nextflow_hf.training.train_decoder import DrawAndReadDataset
 from nextflow_hf.training.train_vq import _mean_losses, by_size
@@ -243,6 +243,21 @@ def test_a_folder_is_whole_or_absent(tmp_path):
     assert (target / "file").read_text() == "two" and {path.name for path in tmp_path.iterdir()} == {"final"}
 
 
+def test_an_average_of_weights_in_bfloat16_follows_them():
+    """By less a step than bfloat16 can tell apart."""
+    model = torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
+    torch.nn.init.constant_(model.weight, 0.02)
+    ema = EmaCallback(0.9999, None)
+    ema.on_train_begin(None, None, None, model=model)
+    torch.nn.init.constant_(model.weight, 0.04)
+    for step in range(100_000, 101_000):
+        ema.on_step_end(None, TrainerState(global_step=step), None, model=model)
+    start, end = 0.02, 0.04
+    expected = end - (end - start) * 0.9999**1000
+    assert ema.average["weight"].dtype == torch.bfloat16
+    assert ema.average["weight"].float().mean().item() == pytest.approx(expected, rel=0.01)
+
+
 def test_an_unwritable_folder_is_an_error_before_the_first_step(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="Cannot write"):
@@ -395,6 +410,13 @@ def test_the_recipes_run_one_after_another(tmp_path, monkeypatch):
 
 
 # ---- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_of_recipes_are_numbers():
+    """YAML 1.1 takes `5.0e14` for text."""
+    assert load_recipe("7b-align").stage_args["packing"]["capacity"] == 5e14
+    trainer = load_recipe("7b-align", ["trainer.learning_rate=1e-4", "trainer.max_steps=5"]).trainer
+    assert trainer["learning_rate"] == 1e-4 and type(trainer["max_steps"]) is int
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
