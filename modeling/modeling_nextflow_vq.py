@@ -10,6 +10,7 @@ Quantization runs in float32 whatever the dtype of the rest.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -571,7 +572,7 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         residuals = [self.latents(pixels)[0] for pixels in pictures]
         grids = [self._check_grids(None, own.shape[-2:]) for own in residuals]
         shares = torch.linspace(0, self.codebook.size, max(map(len, grids)) + 1).round().long().tolist()
-        for scale, (first, end) in enumerate(zip(shares, shares[1:])):
+        for scale, (first, end) in enumerate(pairwise(shares)):
             # Pictures of a lower level have fewer scales.
             members = [batch for batch, own in enumerate(grids) if scale < len(own)]
             vectors = [self.codebook.normalize(_pool(residuals[batch], grids[batch][scale])) for batch in members]

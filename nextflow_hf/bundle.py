@@ -29,8 +29,8 @@ def bundle(runs: Path, name: str, decoder: str, vq: str | None = None, **evaluat
 
     Args:
         runs: Folder of the runs.
-        name: A name of `BUNDLED`. The checkpoint that is there is replaced only by a better one ([`check_better`]). Logs
-            of stages that were not run here are kept.
+        name: A name of `BUNDLED`. The checkpoint that is there is replaced only by a better one ([`check_better`]).
+            Logs of stages that were not run here are kept.
         decoder: Name of the run whose `final` is bundled.
         vq: Name of a run with a better pixel decoder for the same codes.
         evaluation: Arguments of `evaluate_scenes`.
@@ -81,7 +81,7 @@ def bundle(runs: Path, name: str, decoder: str, vq: str | None = None, **evaluat
 
 
 def check_better(before: dict, after: dict) -> None:
-    """Whether a checkpoint may take another's place: the mean of its scores is higher, and drawing not lost to the rest.
+    """Whether a checkpoint may take another's place: its mean score is higher, and drawing not lost to the rest.
 
     Args:
         before: Scores of the checkpoint that is there, as [`evaluate_scenes`] returns them.

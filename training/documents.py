@@ -18,6 +18,7 @@ A text may be a list: of wordings of the same thing, one of which is drawn each 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ class DocumentReader:
         self.records, self.kind = records, kind
         self.columns = {**{name: name for name in (*defaults, "id")}, **(columns or {})}
         self.folder = Path(folder)
+        # How far a stream was read, and what is left of it.
+        self._stream: tuple[int, Iterator[dict]] | None = None
         # A stream may not know its columns.
         found = getattr(records, "column_names", None) or list(self.columns.values())
         missing = [own for name, own in self.columns.items() if name not in _OPTIONAL and own not in found]
@@ -100,11 +103,21 @@ class DocumentReader:
     def read(self, start: int, stop: int) -> Iterator[tuple[int, "Document | BrokenRecordError"]]:
         """Documents `start` to `stop` (or to the end) with their numbers; broken ones as the error that they are."""
         if self.is_streamed:
-            numbered = enumerate(self.records.skip(start).take(stop - start), start)
+            numbered = self._read_stream(start, stop)
         else:
             numbered = ((index, self.records[index]) for index in range(start, min(stop, len(self.records))))
         for index, record in numbered:
             yield index, self._document(index, record)
+
+    def _read_stream(self, start: int, stop: int) -> Iterator[tuple[int, dict]]:
+        """Goes on where the last reading ended: a stream that began anew each time would be read in quadratic time."""
+        if self._stream is None or start < self._stream[0]:
+            self._stream = start, iter(self.records.skip(start))
+        position, records = self._stream
+        for index, record in enumerate(islice(records, stop - position), position):
+            self._stream = index + 1, records
+            if index >= start:
+                yield index, record
 
     def texts(self, stop: int) -> Iterator[str]:
         """Each turn's text with its role, of the first `stop` records, broken ones left out."""

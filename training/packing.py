@@ -10,15 +10,15 @@ pictures break; here a document id stands at every position (`NextFlowModel.forw
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..modeling.configuration_nextflow import NextFlowConfig
 from ..modeling.scale_schedule import Grid, all_blocks, read_blocks
+from .processes import all_processes
 from .sequences import IGNORED, ids_of, pad_rows, stack_images
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class PackedSequences(IterableDataset):
     neighbouring size, so that ranks that take them in turn finish together.
 
     Args:
-        sequences: The sequences, in the order of training; iterated anew by every iteration.
+        sequences: The sequences, by number, in the order of training. Processes and their workers take turns.
         capacity: Size of a bin, in the unit of `size_of`.
         size_of: Size of a sequence: `tokens_of` for fixed length, a `SequenceCost` for fixed compute.
         max_tokens: Longest row, whatever its size: what memory allows.
@@ -111,7 +111,7 @@ class PackedSequences(IterableDataset):
 
     def __init__(
         self,
-        sequences: Iterable[dict],
+        sequences: Sequence[dict] | Dataset,
         capacity: float,
         size_of: Callable[[dict], float] = tokens_of,
         max_tokens: int | None = None,
@@ -127,18 +127,24 @@ class PackedSequences(IterableDataset):
         self.sequences, self.capacity, self.size_of = sequences, capacity, size_of
         self.max_tokens, self.window, self.min_fill = max_tokens, window, min_fill
         self.max_oversized = max_oversized
+        # Asked here: a worker of a process cannot tell.
+        processes = all_processes()
+        self.process, self.processes = processes.process_index, processes.num_processes
 
     def __iter__(self) -> Iterator[Bin]:
+        return self._bins()
+
+    def _own(self) -> Iterator[dict]:
+        """The sequences that this process' worker takes in turn: it makes no others."""
         worker = get_worker_info()
-        if worker is None:
-            return self._bins()
-        # Every worker packs everything and gives its share: packing is cheap beside a step.
-        return islice(self._bins(), worker.id, None, worker.num_workers)
+        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        first, step = self.process * workers + number, self.processes * workers
+        return (self.sequences[index] for index in range(first, len(self.sequences), step))
 
     def _bins(self) -> Iterator[Bin]:
         waiting: list[dict] = []
         oversized = 0
-        for seen, item in enumerate(self.sequences, 1):
+        for seen, item in enumerate(self._own(), 1):
             if self._fits(item):
                 waiting.append(item)
             else:
@@ -158,8 +164,8 @@ class PackedSequences(IterableDataset):
 
     def _leave_out(self, item: dict, oversized: int, seen: int) -> None:
         text = (
-            f"Sequence {item.get('id')} of {tokens_of(item)} tokens and size {self.size_of(item):.3g} does not fit a bin "
-            f"of capacity {self.capacity:.3g} and at most {self.max_tokens} tokens"
+            f"Sequence {item.get('id')} of {tokens_of(item)} tokens and size {self.size_of(item):.3g} does not fit a "
+            f"bin of capacity {self.capacity:.3g} and at most {self.max_tokens} tokens"
         )
         # By chance a stream may begin with one.
         if oversized > self.max_oversized * max(seen, self.window):
@@ -215,9 +221,7 @@ def spread_evenly(
     for size, item in sized:
         length = tokens_of(item)
         fitting = [
-            index
-            for index in range(num_bins)
-            if sizes[index] + size <= capacity and lengths[index] + length <= longest
+            index for index in range(num_bins) if sizes[index] + size <= capacity and lengths[index] + length <= longest
         ]
         if not fitting:
             left.append(item)

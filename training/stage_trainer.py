@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from .packing import PackedSequences
 from .processes import all_processes
 from .recipe import Recipe
 from .sharding import gathered, is_sharded, make_whole, own_part, part_of
@@ -146,6 +148,20 @@ class StageTrainer(Trainer):
         # Every stage's loss is a mean over its own batch.
         self.model_accepts_loss_kwargs = False
         self.ids_of_step: tuple[int, list[str]] = (0, [])
+
+    def get_train_dataloader(self):
+        if not isinstance(self.train_dataset, PackedSequences):
+            return super().get_train_dataloader()
+        # Its rows are this process' own; accelerate would leave most of them out, as it takes them for everyone's.
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)

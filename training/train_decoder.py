@@ -140,9 +140,9 @@ def train_decoder(recipe: Recipe) -> None:
     * for a `source`: `codes` (file of extracted codes), `read_share`, `epochs`.
 
     Raises:
-        ValueError: If the recipe names neither `data` nor `source`, an unknown unit or dtype, a part that the model does not
-            have, or parts and `lora` at once, or if it would shard a decoder that is not saved, or draw samples with
-            one that is sharded.
+        ValueError: If the recipe names neither `data` nor `source`, an unknown unit or dtype, a part that the model
+            does not have, or parts and `lora` at once, or if it would shard a decoder that is not saved, or draw
+            samples with one that is sharded.
     """
     stage = recipe.stage_args
     unknown = set(stage.get("abilities") or ()) - set(ABILITIES)

@@ -119,12 +119,12 @@ def train_teacher(recipe: Recipe) -> None:
 def train_vq(recipe: Recipe) -> None:
     """Train the tokenizer.
 
-    `stage_args`: `phase`: "pixel" (reconstruction alone, not quantized), "joint" (everything), "extend" (more codes for
-    other pictures, so that a decoder that draws with the codes that are there goes on drawing), or "decoder" (the pixel
-    decoder alone); `new_codebook`: false where the joint phase goes on with the codes that are there; `keep_weight`:
-    how firmly the phase "extend" keeps what the encoder says of pictures that were shown well before. `init_from`:
-    `teacher` (in the phases "pixel" and "joint"), and `vq` to go on from. `config` may name another `vq.codebook_size`
-    in the phases "joint" and "extend".
+    `stage_args`: `phase`: "pixel" (reconstruction alone, not quantized), "joint" (everything), "extend" (other
+    pictures, by the codes that are there and more, so that a decoder that draws with these goes on drawing), or
+    "decoder" (the pixel decoder alone); `new_codebook`: false where the joint phase goes on with the codes that are
+    there; `keep_weight`: how firmly the phase "extend" keeps what the encoder says of pictures that were shown well
+    before. `init_from`: `teacher` (in the phases "pixel" and "joint"), and `vq` to go on from. `config` may name
+    another `vq.codebook_size` in the phases "joint" and "extend".
     """
     phase = recipe.stage_args.get("phase", "joint")
     if phase not in _TRAINED_PARTS:
@@ -195,17 +195,18 @@ def _train_pixel_decoder(recipe: Recipe, source: PairSource) -> None:
 
 def _extend(recipe: Recipe, source: PairSource) -> None:
     """Learn other pictures without forgetting: the semantic branch and the codes that are there stay as they are."""
-    # 1. The tokenizer with new codes where those that are there fit worst, and itself as it was.
+    # 1. The tokenizer, with new codes where those that are there fit worst if there are to be more, and as it was.
     before = NextFlowVQModel.from_pretrained(recipe.init_from["vq"]).eval().requires_grad_(False)
     model = NextFlowVQModel.from_pretrained(recipe.init_from["vq"])
     for name, value in recipe.config.items():
         setattr(model.config, name.removeprefix("vq."), value)
-    if model.config.codebook_size <= before.codebook.size:
-        raise ValueError(f"To extend {before.codebook.size} codes, `config` names a larger `vq.codebook_size`.")
+    if model.config.codebook_size < before.codebook.size:
+        raise ValueError(f'The phase "extend" keeps {before.codebook.size} codes; name a larger `vq.codebook_size`.')
     model.codebook = DualCodebook(model.config)
     model.codebook.freeze_rows(before.codebook)
     _freeze_all_but(model, "extend")
-    model.extend_codebook(_start_pictures(source), torch.Generator().manual_seed(0))
+    if model.codebook.size > before.codebook.size:
+        model.extend_codebook(_start_pictures(source), torch.Generator().manual_seed(0))
     model.to(memory_format=torch.channels_last)
     before.to(memory_format=torch.channels_last)
 

@@ -158,6 +158,30 @@ def write_webdataset(folder):
     }
 
 
+def test_a_stream_is_read_once_whatever_the_shards():
+    class Stream:
+        column_names = ["text"]
+        read = 0
+
+        def __init__(self, first=0):
+            self.first = first
+
+        def skip(self, number):
+            return Stream(self.first + number)
+
+        def __iter__(self):
+            for number in range(self.first, 95):
+                Stream.read += 1
+                yield {"text": f"text {number}"}
+
+    reader = DocumentReader(Stream(), "text")
+    shards = [[index for index, _ in reader.read(first, first + 10)] for first in range(0, 120, 20)]
+    assert shards == [[*range(first, min(first + 10, 95))] for first in range(0, 120, 20)]
+    assert Stream.read == 95
+    ((index, document),) = reader.read(30, 31)
+    assert index == 30 and document.messages[0]["content"][0]["text"] == "text 30"
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("write", [write_parquet, write_imagefolder, write_jsonl, write_webdataset])
 def test_the_usual_datasets_give_the_same_documents(tmp_path, monkeypatch, write, streaming):

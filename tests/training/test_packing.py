@@ -2,6 +2,7 @@ import pytest
 import torch
 from dots import SQUARE, codes_of
 from small_models import small_model
+from torch.utils.data import DataLoader
 
 import nextflow_hf
 from nextflow_hf.modeling.configuration_nextflow import NextFlowConfig
@@ -66,6 +67,29 @@ def test_bins_are_filled_evenly():
     assert not left and [own.size for own in bins] == [80, 80, 70]
     bins, left = spread_evenly(items, 2, 100)
     assert [own.size for own in bins] == [100, 100] and sum(map(tokens_of, left)) == 30
+
+
+def test_processes_and_their_workers_share_the_sequences():
+    """Each makes its own alone."""
+
+    class Counted(list):
+        made = 0
+
+        def __getitem__(self, index):
+            self.made += 1
+            return super().__getitem__(index)
+
+    items = Counted({**text_of(10 + number), "id": number} for number in range(60))
+    found = []
+    for process in range(3):
+        packed = PackedSequences(items, capacity=300, window=8)
+        packed.process, packed.processes = process, 3
+        items.made = 0
+        alone = [item["id"] for own in packed for item in own.items]
+        assert items.made == 20 and sorted(alone) == list(range(process, 60, 3))
+        loader = DataLoader(packed, batch_size=2, num_workers=2, collate_fn=lambda bins: bins)
+        found += [item["id"] for bins in loader for own in bins for item in own.items]
+    assert sorted(found) == list(range(60))
 
 
 def test_rows_are_bounded_whatever_they_cost():

@@ -304,8 +304,10 @@ def test_an_extended_tokenizer_keeps_its_codes_and_goes_on_after_a_kill(tmp_path
     run_recipe(recipe("run"))
     again = NextFlowVQModel.from_pretrained(tmp_path / "run" / "final").state_dict()
     assert all(torch.equal(own, again[name]) for name, own in after.state_dict().items())
-    with pytest.raises(ValueError, match=r"names a larger `vq.codebook_size`"):
-        run_recipe(recipe("smaller", size=32))
+    run_recipe(recipe("same", size=32))
+    assert NextFlowVQModel.from_pretrained(tmp_path / "same" / "final").fingerprint() == before.fingerprint()
+    with pytest.raises(ValueError, match=r"name a larger `vq.codebook_size`"):
+        run_recipe(recipe("smaller", size=16))
 
 
 def test_sources_are_mixed_by_weight_and_the_same_every_time(monkeypatch):
