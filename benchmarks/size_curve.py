@@ -167,15 +167,21 @@ def main() -> None:
     done = json.loads(args.output.read_text()) if args.output.is_file() else {}
     points = done["points"] if done.get("settings") == settings else []
     for width, layers in SIZES:
+        name = f"{width}x{layers}"
+        missing = [
+            step
+            for step in range(args.every, args.steps + 1, args.every)
+            if not any((own["size"], own["step"]) == (name, step) for own in points)
+        ]
+        if not missing:
+            continue
         coarse, whole = recipes_of(width, layers, args.folder, args)
         for recipe in (coarse, whole):
             if not (Path(recipe.output_dir) / "final").is_dir():
                 train_decoder(recipe)
         flops = json.loads((Path(coarse.output_dir) / "trainer_state.json").read_text())["total_flos"] / 1e15
-        for step in range(args.every, args.steps + 1, args.every):
-            own = {"size": f"{width}x{layers}", "step": step}
-            if any({**own, **point} == point for point in points):
-                continue
+        for step in missing:
+            own = {"size": name, "step": step}
             folder = Path(whole.output_dir) / f"checkpoint-{step}"
             state = json.loads((folder / "trainer_state.json").read_text())
             model, _ = load_checkpoint(folder, whole)
