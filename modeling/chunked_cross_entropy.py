@@ -32,7 +32,7 @@ def chunked_cross_entropy(head: nn.Module, hidden_states: torch.Tensor, labels: 
     Returns:
         float32 `(rows,)` (float64 for float64 inputs).
     """
-    if _is_plain(head, hidden_states):
+    if is_plain(head, hidden_states):
         kind = hidden_states.device.type
         if torch.is_autocast_enabled(kind):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(kind))
@@ -84,7 +84,8 @@ def chunked_log_probs(
     return tuple(torch.cat(own) for own in zip(*parts))
 
 
-def _is_plain(head: nn.Module, hidden_states: torch.Tensor) -> bool:
+def is_plain(head: nn.Module, hidden_states: torch.Tensor) -> bool:
+    """Whether a head is a linear layer whose weight may be used without calling it: not wrapped, sharded, offloaded."""
     return (
         type(head) is nn.Linear
         and head.bias is None

@@ -18,6 +18,7 @@ from transformers import DynamicCache, GenerationMixin, LogitsProcessor, LogitsP
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
+from .chunked_cross_entropy import is_plain
 from .image_layout import block_positions, find_images, layout_sequences, read_grids
 from .masked_editing import KeptPicture, check_mask
 from .scale_schedule import Grid, all_blocks
@@ -283,7 +284,8 @@ class NextScaleGenerationMixin(GenerationMixin):
             return model_inputs
         if is_first_iteration or not kwargs.get("use_cache", True):
             model_inputs.pop("position_ids", None)
-            return {**model_inputs, **images}
+            # Pictures make their own mask; for a static cache transformers has made one of text.
+            return {**model_inputs, **images, "attention_mask": kwargs.get("attention_mask")}
         grids = read_grids(images["image_grids"])
         spans = find_images(input_ids, grids, self.config)
         saved = torch.zeros(len(input_ids), 1, dtype=torch.long, device=input_ids.device)
@@ -478,7 +480,7 @@ class NextScaleGenerationMixin(GenerationMixin):
                     embeds = torch.cat([before, block], dim=1)
                     hidden = self._pass(embeds, positions, *seen)[:, -block.shape[1] :]
             # 3. Scores of the codes alone, guided, and one draw per slot from the picture's own generator.
-            scores = self._code_scores(hidden)
+            scores = self._code_scores(hidden).to(num_scales.device)
             fixed = (generators, scales, kept, prefix_codes)
             drawn = self._draw_scale(scores, grids, scale, passes[0], *fixed)
             # 4. Where asked for, draw the scale anew, fed with itself. Finer scales never see these passes.
@@ -488,7 +490,8 @@ class NextScaleGenerationMixin(GenerationMixin):
                     hidden = self._pass_again(block, own_positions, *seen)
                 else:
                     hidden = self._pass(torch.cat([before, block], dim=1), positions, *seen)[:, -block.shape[1] :]
-                drawn = self._draw_scale(self._code_scores(hidden), grids, scale, sampling, *fixed)
+                scores_again = self._code_scores(hidden).to(num_scales.device)
+                drawn = self._draw_scale(scores_again, grids, scale, sampling, *fixed)
             for row, codes in drawn.items():
                 scales[row].append(codes)
                 own_scores = scores[row, : len(codes)].log_softmax(dim=-1)
@@ -594,10 +597,13 @@ class NextScaleGenerationMixin(GenerationMixin):
             groups.setdefault(grids[row], []).append(row)
         for own, rows in groups.items():
             slots = own[scale][0] * own[scale][1]
-            codes = [torch.stack([scales[row][k] for row in rows]).unflatten(1, own[k]) for k in range(scale)]
-            features[rows, :slots] = self.vq_model.scale_inputs(codes, own, self.config.visual_input)
+            device = self.vq_model.device
+            before = [torch.stack([scales[row][k] for row in rows]).to(device) for k in range(scale)]
+            codes = [each.unflatten(1, grid) for each, grid in zip(before, own)]
+            fed = self.vq_model.scale_inputs(codes, own, self.config.visual_input)
             if drawn is not None:
-                features[rows, :slots] += self.vq_model.codebook.lookup(torch.stack([drawn[row] for row in rows]))
+                fed = fed + self.vq_model.codebook.lookup(torch.stack([drawn[row] for row in rows]).to(device))
+            features[rows, :slots] = fed.to(features)
             mask[rows, :slots] = 1
         embeds = self.model.embed_block(features.repeat(branches, 1, 1), scale, num_scales)
         return embeds, mask.repeat(branches, 1)
@@ -636,15 +642,20 @@ class NextScaleGenerationMixin(GenerationMixin):
     def _code_scores(self, hidden: torch.Tensor) -> torch.Tensor:
         """Only the code rows of the head: float32 (or wider) `(..., codebook_size)`."""
         start = self.config.code_start_id
-        rows = self.lm_head.weight[start : start + self.config.vq_config.codebook_size]
-        scores = nn.functional.linear(hidden, rows)
-        return scores if scores.dtype == torch.float64 else scores.float()
+        return self._head_scores(hidden, slice(start, start + self.config.vq_config.codebook_size))
 
     def _text_scores(self, hidden: torch.Tensor, images: bool) -> torch.Tensor:
         """Only the text rows of the head, -inf for what text may not hold: `(..., code_start_id)`."""
-        scores = nn.functional.linear(hidden, self.lm_head.weight[: self.config.code_start_id])
-        scores = scores if scores.dtype == torch.float64 else scores.float()
+        scores = self._head_scores(hidden, slice(self.config.code_start_id))
         return _TextVocabulary(self.config, images)(None, scores)
+
+    def _head_scores(self, hidden: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Scores of some rows of the head; one that is wrapped or offloaded makes all of them."""
+        if is_plain(self.lm_head, hidden):
+            scores = nn.functional.linear(hidden, self.lm_head.weight[rows])
+        else:
+            scores = self.lm_head(hidden)[..., rows].to(hidden.device)
+        return scores if scores.dtype == torch.float64 else scores.float()
 
     def _make_cache(self, use_cache: bool, static: bool, prompt_length: int, grids: list[tuple[Grid, ...]]):
         if not use_cache:
@@ -663,7 +674,9 @@ class NextScaleGenerationMixin(GenerationMixin):
         for row, own in enumerate(grids):
             groups.setdefault((own, len(codes[row])), []).append(row)
         for (own, _), rows in groups.items():
-            for row, image in zip(rows, self.vq_model.decode(torch.stack([codes[row] for row in rows]), own).float()):
+            chosen = torch.stack([codes[row] for row in rows])
+            decoded = self.vq_model.decode(chosen.to(self.vq_model.device), own)
+            for row, image in zip(rows, decoded.float().to(chosen.device)):
                 images[row] = image
         return images
 

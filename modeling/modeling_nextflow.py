@@ -199,7 +199,10 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 )
             members = [index for index, own in enumerate(grids) if own == key]
             pixels = pixel_values[members][..., :height, :width]
-            for index, own in zip(members, self.vq_model.encode(pixels, key).codes):
+            # The same codes whoever asks: a trainer's autocast would choose others here and there.
+            with torch.autocast(pixels.device.type, enabled=False):
+                encoding = self.vq_model.encode(pixels.to(self.vq_model.device), key)
+            for index, own in zip(members, encoding.codes.to(pixels.device)):
                 codes[index] = own
         return nn.utils.rnn.pad_sequence(codes, batch_first=True, padding_value=-1), grids
 
@@ -230,19 +233,18 @@ class NextFlowModel(NextFlowPreTrainedModel):
             scales.append(torch.tensor(scale_of_slot).repeat(len(members)))
             lengths.append(torch.full((len(scale_of_slot) * len(members),), len(grids)))
             if num_blocks:
-                own = self._slot_features(image_codes[members], grids, num_blocks, final_only)
+                own = self._slot_features(image_codes[members].to(self.vq_model.device), grids, num_blocks, final_only)
                 features.append(own.flatten(0, 1))
         rows, columns = torch.cat(rows).to(device), torch.cat(columns).to(device)
         scales, lengths = torch.cat(scales).to(device), torch.cat(lengths).to(device)
         is_boi = scales == 0
-        vision_embeds = self.scale_embedding(scales, lengths)
+        # Under a `device_map` the parts may lie on other devices than the text.
+        vision_embeds = self.scale_embedding(scales, lengths).to(device)
         # <boi> is a text token that learns its image's length; a slot is its code features.
         vision_embeds = vision_embeds + torch.where(is_boi[:, None], inputs_embeds[rows, columns], 0)
         if features:
             slots = (~is_boi).nonzero()[:, 0]
-            vision_embeds = vision_embeds.index_add(
-                0, slots, self.connector(torch.cat(features)).to(vision_embeds.dtype)
-            )
+            vision_embeds = vision_embeds.index_add(0, slots, self.connector(torch.cat(features)).to(vision_embeds))
         return inputs_embeds.index_put((rows, columns), vision_embeds.to(inputs_embeds.dtype))
 
     def embed_block(self, features: torch.Tensor, scale: int, num_scales: torch.Tensor) -> torch.Tensor:
@@ -254,7 +256,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             num_scales: `(batch,)` number of scales of each picture.
         """
         embeddings = self.scale_embedding(torch.full_like(num_scales, scale), num_scales)
-        return self.connector(features) + embeddings[:, None]
+        return self.connector(features).to(num_scales.device) + embeddings[:, None].to(num_scales.device)
 
     def _no_image(self, device: torch.device) -> torch.Tensor:
         """A zero with gradients of zero: other processes, whose rows have pictures, wait for a gradient of these."""

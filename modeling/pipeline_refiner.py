@@ -31,6 +31,8 @@ class NextFlowRefinerPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "vq_model->refiner->vae"
+    # Its parts are used beside its own forward pass, which alone would bring them back one by one.
+    _exclude_from_cpu_offload = ["vq_model"]
     _optional_components = ["vae", "tokenizer"]
     _callback_tensor_inputs = ["latents"]
 

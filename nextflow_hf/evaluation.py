@@ -105,12 +105,12 @@ def score_tokenizer(
         indices = range(first, min(first + 50, n))
         images = np.stack([source.image(i) for i in indices])
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-        encoding = vq_model.encode(pixels)
+        encoding = vq_model.encode(pixels.to(vq_model.device))
         used.update(encoding.codes.unique().tolist())
         counts = np.cumsum([h * w for h, w in encoding.grids])
         row = []
         for count in counts:
-            decoded = ((vq_model.decode(encoding.codes[:, :count], encoding.grids) + 1) * 127.5).round()
+            decoded = ((vq_model.decode(encoding.codes[:, :count], encoding.grids).cpu() + 1) * 127.5).round()
             row.append(((decoded - torch.from_numpy(images).permute(0, 3, 1, 2)) ** 2).mean(dim=(1, 2, 3)))
         errors.append(torch.stack(row, dim=1))
         for picture, index in zip(decoded.byte().permute(0, 2, 3, 1).numpy(), indices):

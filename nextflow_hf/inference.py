@@ -20,10 +20,16 @@ from .scenes import QUESTION
 Conversation = list[dict]
 
 
-def load(checkpoint: str) -> tuple[NextFlowForConditionalGeneration, NextFlowProcessor]:
-    """Model and processor of a checkpoint: "mini" (bundled), a folder or a Hub id."""
+def load(
+    checkpoint: str, device: str | torch.device | None = None
+) -> tuple[NextFlowForConditionalGeneration, NextFlowProcessor]:
+    """Model and processor of a checkpoint: "mini" (bundled), a folder or a Hub id; on the accelerator, if there is one,
+    or another `device`."""
     path = BUNDLED.get(checkpoint, checkpoint)
-    return AutoModelForMultimodalLM.from_pretrained(path).eval(), AutoProcessor.from_pretrained(path)
+    model = AutoModelForMultimodalLM.from_pretrained(path).eval()
+    if device is None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return model.to(device), AutoProcessor.from_pretrained(path)
 
 
 def user(*parts) -> dict:
@@ -84,7 +90,7 @@ def draw(
     pictures = []
     for first in tqdm(range(0, len(conversations), batch_size), desc="draw"):
         chosen = slice(first, first + batch_size)
-        inputs = prepare(processor, conversations[chosen], resolution)
+        inputs = prepare(processor, conversations[chosen], resolution).to(model.device)
         output = model.generate(**inputs, generation_mode="image", seed=list(seeds[chosen]), **sampling)
         if refine is not None:
             pictures += refine(output, seeds[chosen])
@@ -104,7 +110,7 @@ def answer(
     """The model's likeliest words in answer to each conversation."""
     answers = []
     for first in tqdm(range(0, len(conversations), batch_size), desc="answer"):
-        inputs = prepare(processor, conversations[first : first + batch_size], resolution)
+        inputs = prepare(processor, conversations[first : first + batch_size], resolution).to(model.device)
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return answers
@@ -132,7 +138,7 @@ def tell(
     """
     answers = []
     for conversation, seed in zip(tqdm(conversations, desc="tell"), seeds, strict=True):
-        inputs = prepare(processor, [conversation], resolution, enable_thinking=enable_thinking)
+        inputs = prepare(processor, [conversation], resolution, enable_thinking=enable_thinking).to(model.device)
         output = model.generate(**inputs, generation_mode="interleaved", seed=seed, do_sample=False, **generation)
         (parts,) = processor.post_process_multimodal_output(output, generation_mode="interleaved")
         if enable_thinking:
@@ -154,7 +160,7 @@ def draw_prompts(
 ) -> list[Image.Image]:
     """One picture per prompt, each from its own seed, away from `negative_prompt`; `sampling` goes to `generate`."""
     if negative_prompt is not None:
-        negative = prepare(processor, [[user(negative_prompt)]])
+        negative = prepare(processor, [[user(negative_prompt)]]).to(model.device)
         sampling["negative_prompt_ids"] = negative["input_ids"]
         sampling["negative_prompt_attention_mask"] = negative["attention_mask"]
     return draw(model, processor, [[user(text)] for text in prompts], seeds, batch_size, **sampling)
@@ -207,7 +213,7 @@ def edit_picture(
                 f"change within the middle {mask.height}x{mask.width} part."
             )
     picture = fit_to_trained(model, picture)
-    inputs = prepare(processor, [[user(picture, instruction)]], own_resolution(model, picture))
+    inputs = prepare(processor, [[user(picture, instruction)]], own_resolution(model, picture)).to(model.device)
     if mask is None:
         sampling["image_size"] = (picture.height, picture.width)
     else:

@@ -170,7 +170,7 @@ class NextFlowGRPOTrainer(GRPOTrainer):
                 model, funcs, args=args, processing_class=processing_class, rollout_func=_roll_out, **kwargs
             )
         if self.is_fsdp_enabled:
-            raise ValueError("Rollouts under FSDP are not supported; spread GRPO by data parallelism, ZeRO or LoRA.")
+            raise ValueError("Rollouts under FSDP are not supported; spread GRPO by data parallelism, ZeRO-2 or LoRA.")
         config = self._own_model().config
         size = args.image_size or (config.trained_image_sizes or [[min(config.schedule.resolutions)] * 2])[0]
         self.grids: tuple[Grid, ...] = config.schedule.grids_for_size(*size)

@@ -96,6 +96,9 @@ class FiniteCallback(TrainerCallback):
     """Stops the run before a step with a gradient that is not finite can spoil the weights."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if args.fp16:
+            # Gradients of scaled losses may overflow: the scaler leaves such steps out, and scales by less.
+            return
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = gathered(norm, norm)

@@ -116,7 +116,7 @@ class SampleGridCallback(PictureCallback):
         model.train(training)
         images = torch.stack(output.images).unflatten(0, (self.rows, len(self.prompts)))
         sheet = images.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-        return ((sheet + 1) * 127.5).round().byte().numpy()
+        return ((sheet + 1) * 127.5).round().byte().cpu().numpy()
 
 
 def train_decoder(recipe: Recipe) -> None:
@@ -173,10 +173,6 @@ def train_decoder(recipe: Recipe) -> None:
     image_sizes = {*image_sizes, *map(tuple, model.config.trained_image_sizes or ())}
     _freeze_all_but(model, stage)
     text_rows = _text_rows(model, recipe)
-    if "lora" in stage:
-        from peft import LoraConfig, get_peft_model
-
-        model = get_peft_model(model, LoraConfig(**stage["lora"]))
     if "attn_implementation" in stage:
         model.model.language_model.set_attn_implementation(stage["attn_implementation"])
 
@@ -200,6 +196,11 @@ def train_decoder(recipe: Recipe) -> None:
         pad_token_id=tokenizer.pad_token_id,
         **{f"image_{name}": value for name, value in stage.get("sampling", {}).items()},
     )
+    if "lora" in stage:
+        from peft import LoraConfig, get_peft_model
+
+        # Settings of the model itself are made by now: merging gives it back.
+        model = get_peft_model(model, LoraConfig(**stage["lora"]))
     samples = SampleGridCallback(builder, stage.get("sample_prompts", []), image_size, stage.get("sample_every", 0))
     model = run_stage(recipe, model, dataset, collate, lambda model, batch: model(**batch), [samples, *text_rows])
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 
 from .data import load_source
+from .processes import all_processes
 from .recipe import Recipe
 from .stage_trainer import check_writable, save_whole
+from .zero import check_zero, zero_arguments
 
 
 def train_grpo(recipe: Recipe) -> None:
@@ -23,7 +25,7 @@ def train_grpo(recipe: Recipe) -> None:
 
     Raises:
         ImportError: If TRL is not installed.
-        ValueError: If there is no reward, one cannot be found, or `blend` is not in (0, 1].
+        ValueError: If there is no reward, one cannot be found, `blend` is not in (0, 1], or weights would be spread.
     """
     try:
         from datasets import Dataset
@@ -35,6 +37,13 @@ def train_grpo(recipe: Recipe) -> None:
     from transformers.trainer import TRAINER_STATE_NAME
 
     stage, output = recipe.stage_args, Path(recipe.output_dir)
+    # Before rewards load models: each process takes its own accelerator.
+    all_processes()
+    arguments = zero_arguments(recipe.trainer)
+    if isinstance(config := arguments.get("deepspeed"), dict):
+        check_zero(config)
+        if config.get("zero_optimization", {}).get("stage") == 3:
+            raise ValueError('ZeRO-3 spreads the weights that rollouts need whole; name "zero2", or use `lora`.')
     rewards = [_load(own["function"], own.get("args")) for own in stage.get("rewards", [])]
     if not rewards:
         raise ValueError("`stage_args.rewards` names no reward.")
@@ -61,9 +70,7 @@ def train_grpo(recipe: Recipe) -> None:
     trainer = NextFlowGRPOTrainer(
         model,
         rewards,
-        args=NextFlowGRPOConfig(
-            output_dir=str(output), reward_weights=weights, **{"report_to": "none", **recipe.trainer}
-        ),
+        args=NextFlowGRPOConfig(output_dir=str(output), reward_weights=weights, **{"report_to": "none", **arguments}),
         processing_class=processor,
         region_func=_load(stage["region_func"], None) if "region_func" in stage else None,
         train_dataset=Dataset.from_list([rows[index] for index in range(len(rows))]),

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 from transformers.utils import ModelOutput
 
 from ..modeling.modeling_nextflow_vq import NextFlowVQModel
 from ..modeling.modeling_refiner import NextFlowRefinerModel, refiner_condition
 from ..modeling.pipeline_refiner import NextFlowRefinerPipeline, caption_inputs
 from .data import PairSource, load_source, to_pixels
+from .processes import all_processes
 from .recipe import Recipe
 from .stage_trainer import run_stage, save_whole
 
@@ -146,7 +147,8 @@ def train_refiner(recipe: Recipe) -> None:
 
     # 2. Velocities of the flow from the picture to noise.
     dataset = RefinerDataset(source, **shares)
-    model = run_stage(recipe, model, dataset, partial(_collate, tokenizer), partial(_loss, pipeline, texts, shift))
+    collate, loss = partial(_collate, tokenizer), partial(_loss, pipeline, texts, shift)
+    model = run_stage(recipe, model, dataset, collate, loss, [OwnNoiseCallback()])
 
     # 3. A pipeline that loads on its own.
     final = Path(recipe.output_dir) / "final"
@@ -158,6 +160,15 @@ def train_refiner(recipe: Recipe) -> None:
         model.to(getattr(torch, stage.get("base_dtype", "float32")))
     pipeline.refiner = model
     save_whole(final, pipeline.save_pretrained)
+
+
+class OwnNoiseCallback(TrainerCallback):
+    """Lets every process draw other noise: all begin with the run's seed."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        processes = all_processes()
+        if processes.num_processes > 1:
+            torch.manual_seed(args.seed + 1_000_003 * processes.process_index)
 
 
 def _base_of(recipe: Recipe) -> diffusers.DiffusionPipeline:

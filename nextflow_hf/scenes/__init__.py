@@ -4,7 +4,16 @@ from .calibration import calibrate
 from .captions import Facts, Group, caption, caption_with_places, describe, facts_match, is_complete, parse
 from .prompts import ScenePrompt, make_prompts, scene_for
 from .referee import Reading, Referee, SeenObject, Verdict
-from .rewards import ScenePrompts, WordPrompts, objects_f1, scene_reward, word_reward
+from .rewards import (
+    AnswerPrompts,
+    EditPrompts,
+    ScenePrompts,
+    WordPrompts,
+    answer_reward,
+    objects_f1,
+    scene_reward,
+    word_reward,
+)
 from .sampling import CATEGORIES, SPLITS, sample_scene
 from .signs import ReadSign, Sign, SignReader, draw_sign, render_sign, transcript, words_of_sign
 from .source import QUESTION, READ_QUESTION, SceneRecords, SceneSource, SignSource
@@ -21,6 +30,8 @@ __all__ = [
     "SHAPES",
     "SIZES",
     "SPLITS",
+    "AnswerPrompts",
+    "EditPrompts",
     "Facts",
     "Group",
     "ReadSign",
@@ -39,6 +50,7 @@ __all__ = [
     "TaskRecords",
     "Verdict",
     "WordPrompts",
+    "answer_reward",
     "calibrate",
     "caption",
     "caption_with_places",

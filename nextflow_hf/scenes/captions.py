@@ -149,6 +149,15 @@ def caption_with_places(scene: Scene, rng: np.random.Generator) -> str:
     return _opening(rng) + words_of(Facts(tuple(groups), None, background))
 
 
+def tell_all(scene: Scene) -> str:
+    """Words for everything about a scene: sizes, colours, the places that have names, the background."""
+    groups = tuple(
+        Group(1, own.shape, own.color, own.size, named_cells(own.size, scene.lattice).get(own.cell))
+        for own in scene.objects
+    )
+    return words_of(Facts(groups, None, scene.background))
+
+
 def _opening(rng: np.random.Generator) -> str:
     return OPENINGS[rng.integers(len(OPENINGS))] if rng.random() < 0.4 else ""
 

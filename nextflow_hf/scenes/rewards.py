@@ -1,14 +1,18 @@
 """Rewards for drawing scenes, as TRL's reward functions: the referee's and the reader's verdicts."""
 
 import numpy as np
+from PIL import Image
 
 from ..training.rewards import last_words, ocr_score
-from .captions import Facts, facts_match, parse
+from .captions import Facts, describe, facts_match, parse, tell_all
+from .edits import draw_edit
 from .prompts import make_prompts
+from .questions import Question, ask
 from .referee import Reading, Referee
-from .sampling import CATEGORIES
+from .sampling import CATEGORIES, FAMILIES, sample_scene
 from .signs import SignReader, draw_sign, words_of_sign
-from .world import lattice_for
+from .source import QUESTION
+from .world import lattice_for, render
 
 
 class _Rows:
@@ -50,6 +54,80 @@ class ScenePrompts(_Rows):
         ]
 
 
+class EditPrompts(_Rows):
+    """Pictures to edit, for reinforcement learning: rows of `id`, `prompt`, `images`, and `wanted`, the changed scene
+    in words that leave nothing out.
+
+    Args:
+        number: How many.
+        split: Their combinations, before and after.
+        seed: Different seeds give different edits.
+        size: (height, width) in pixels.
+        families: Shares of the kinds of scenes; see `sample_scene`.
+    """
+
+    def __init__(
+        self,
+        number: int = 1000,
+        split: str = "train",
+        seed: int = 0,
+        size: tuple[int, int] = (64, 64),
+        families: tuple[float, ...] = FAMILIES,
+    ):
+        rng = np.random.default_rng(seed)
+        self.rows = []
+        while len(self.rows) < number:
+            scene = sample_scene(rng, split, lattice_for(size), "placed", families)
+            own = draw_edit(scene, rng, trained=split == "train")
+            if own is not None:
+                self.rows.append(
+                    {
+                        "id": f"edit {len(self.rows)}",
+                        "prompt": [{"role": "user", "content": own.text}],
+                        "images": [Image.fromarray(render(own.before, size))],
+                        "wanted": tell_all(own.after),
+                    }
+                )
+
+
+class AnswerPrompts(_Rows):
+    """Questions about pictures, for reinforcement learning: rows of `id`, `prompt`, `images`, and `wanted`, the answer.
+
+    Args:
+        number: How many.
+        split: The pictures' combinations.
+        seed: Different seeds give different pictures.
+        size: (height, width) in pixels.
+        families: Shares of the kinds of scenes; see `sample_scene`.
+        describes: Share of the questions that ask for a description.
+    """
+
+    def __init__(
+        self,
+        number: int = 1000,
+        split: str = "train",
+        seed: int = 0,
+        size: tuple[int, int] = (64, 64),
+        families: tuple[float, ...] = FAMILIES,
+        describes: float = 0.5,
+    ):
+        rng = np.random.default_rng(seed)
+        self.rows = []
+        while len(self.rows) < number:
+            arrangement = ("orderly", "placed")[len(self.rows) % 2]
+            scene = sample_scene(rng, split, lattice_for(size), arrangement, families)
+            own = Question("description", QUESTION, describe(scene)) if rng.random() < describes else ask(scene, rng)
+            if own is not None:
+                self.rows.append(
+                    {
+                        "id": f"{own.kind} {len(self.rows)}",
+                        "prompt": [{"role": "user", "content": own.text}],
+                        "images": [Image.fromarray(render(scene, size))],
+                        "wanted": own.answer,
+                    }
+                )
+
+
 class WordPrompts(_Rows):
     """Prompts for a word in a picture, for reinforcement learning: rows of `id`, `prompt` and `words`.
 
@@ -88,6 +166,12 @@ def scene_reward(prompts: list, drawn: list, wanted: list[str] | None = None, **
         passed = reading.readable and facts_match(facts, reading)
         rewards.append(0.5 * passed + 0.5 * objects_f1(facts, reading))
     return rewards
+
+
+def answer_reward(prompts: list, completions: list, wanted: list[str], **columns) -> list[float]:
+    """1 for an answer that is the wanted one to the letter, else 0."""
+    said = (own if isinstance(own, str) else own[-1]["content"] for own in completions)
+    return [float(text.strip() == answer) for text, answer in zip(said, wanted)]
 
 
 def objects_f1(facts: Facts, reading: Reading) -> float:

@@ -57,6 +57,15 @@ def test_static_dynamic_and_no_cache_agree(exact_model, guidance_scale):
     assert_same_pictures(dynamic, draw(exact_model, guidance_scale=guidance_scale, use_cache=False))
 
 
+def test_a_head_that_is_wrapped_is_called(exact_model):
+    """As an offloaded one or one with an adapter must be."""
+    plain = draw(exact_model)
+    calls = []
+    exact_model.lm_head.register_forward_hook(lambda *args: calls.append(1))
+    assert_same_pictures(plain, draw(exact_model))
+    assert calls
+
+
 def test_a_batch_of_unequal_prompts_and_sizes_equals_one_by_one(exact_model):
     together = draw(exact_model)
     for row in range(4):
@@ -225,9 +234,9 @@ def test_text_never_contains_codes_or_image_tokens():
     assert (out < 64).all() and not torch.isin(out, torch.tensor([3, 4, 5])).any()
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_text_after_an_image_continues_its_time(use_cache):
-    """Greedy text after a picture, with and without the cache, equals the argmax of full passes."""
+@pytest.mark.parametrize("cache", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
+def test_text_after_an_image_continues_its_time(cache):
+    """Greedy text after a picture, with any cache and without, equals the argmax of full passes."""
     model = small_model()
     codes = torch.randint(32, (2, 30), generator=torch.Generator().manual_seed(0))
     grids = torch.tensor([[(1, 1), (2, 2), (3, 3), (4, 4)]] * 2)
@@ -235,7 +244,7 @@ def test_text_after_an_image_continues_its_time(use_cache):
     mask = (torch.arange(ids.shape[1]) >= torch.tensor([[1], [0]])).long()
     out = model.generate(
         ids, attention_mask=mask, image_codes=codes, image_grids=grids, max_new_tokens=6, do_sample=False,
-        use_cache=use_cache, eos_token_id=-1,
+        eos_token_id=-1, **cache,
     )  # fmt: skip
     for _ in range(6):
         logits = model(

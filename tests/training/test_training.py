@@ -10,7 +10,7 @@ from dots import SQUARE, Dots, codes_of
 from PIL import Image
 from safetensors.torch import load_file
 from small_models import small_config, small_model
-from transformers import AutoProcessor, TrainerState, TrainingArguments
+from transformers import AutoProcessor, GenerationConfig, TrainerState, TrainingArguments
 
 import nextflow_hf
 from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
@@ -705,6 +705,9 @@ def test_lora_trains_resumes_and_is_merged(train_on_codes, tmp_path):
     whole, parted = weights_in(folder), weights_in(train_on_codes("parted", 4, decoder="base", **lora))
     assert all(torch.equal(whole[name], parted[name]) for name in whole)
     assert load_file(folder / "adapter" / "adapter_model.safetensors").keys()
+    settings = {"attn_implementation": "block_varlen", "sampling": {"guidance_scale": 0.0, "top_k": 77}}
+    sampled = train_on_codes("sampled", 1, decoder="base", **lora, **settings)
+    assert GenerationConfig.from_pretrained(sampled / "final").image_top_k == 77
 
     base = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "base" / "final")
     start = {name: own.clone() for name, own in base.state_dict().items()}
