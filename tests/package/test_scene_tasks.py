@@ -6,18 +6,22 @@ from PIL import Image
 
 from nextflow_hf.abilities import judge_edit, shows
 from nextflow_hf.scenes import (
+    AnswerPrompts,
+    EditPrompts,
     Referee,
     Scene,
     SceneObject,
     SignReader,
     TaskRecords,
     WordPrompts,
+    answer_reward,
     draw_sign,
     facts_match,
     parse,
     render,
     render_sign,
     sample_scene,
+    scene_reward,
     word_reward,
 )
 from nextflow_hf.scenes.edits import KINDS as EDITS
@@ -236,6 +240,36 @@ def test_prompts_for_words_are_rewarded_for_just_those_words():
     drawn = [Image.fromarray(render_sign(Sign(word, "red"))) for word in wanted]
     assert word_reward([row["prompt"] for row in prompts], drawn, wanted) == [2.0] * 20
     assert max(word_reward([None] * 19, drawn[1:], ["QZJ"] * 19)) < 1
+
+
+def test_edits_are_rewarded_for_the_changed_scene_alone(monkeypatch):
+    made = []
+
+    def recorded(*args, **kwargs):
+        made.append(draw_edit(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr("nextflow_hf.scenes.rewards.draw_edit", recorded)
+    rows = list(EditPrompts(30, seed=4))
+    edits = [own for own in made if own is not None]
+    prompts, wanted = [row["prompt"] for row in rows], [row["wanted"] for row in rows]
+    assert [row["prompt"][0]["content"] for row in rows] == [own.text for own in edits]
+    afters = [Image.fromarray(render(own.after, (64, 64))) for own in edits]
+    assert scene_reward(prompts, afters, wanted) == [1.0] * 30
+    befores = scene_reward(prompts, [row["images"][0] for row in rows], wanted)
+    assert max(befores) <= 0.5
+
+
+def test_answers_are_rewarded_to_the_letter():
+    rows = list(AnswerPrompts(40, seed=5, describes=0.5))
+    wanted = [row["wanted"] for row in rows]
+    said = [[{"role": "assistant", "content": f"{own}\n"}] for own in wanted]
+    assert answer_reward(None, said, wanted) == [1.0] * 40
+    assert answer_reward(None, [f"{own} or so" for own in wanted], wanted) == [0.0] * 40
+    described = [row for row in rows if row["id"].startswith("description")]
+    assert 10 < len(described) < 30
+    for row in described:
+        assert facts_match(parse(row["wanted"]), Referee((4, 4)).look(row["images"][0]))
 
 
 def test_the_reader_does_not_guess():
