@@ -12,7 +12,7 @@ from .referee import Reading, Referee
 from .sampling import CATEGORIES, FAMILIES, sample_scene
 from .signs import SignReader, draw_sign, words_of_sign
 from .source import QUESTION
-from .world import lattice_for, render
+from .world import Scene, lattice_for, render
 
 
 class _Rows:
@@ -80,14 +80,7 @@ class EditPrompts(_Rows):
             scene = sample_scene(rng, split, lattice_for(size), "placed", families)
             own = draw_edit(scene, rng, trained=split == "train")
             if own is not None:
-                self.rows.append(
-                    {
-                        "id": f"edit {len(self.rows)}",
-                        "prompt": [{"role": "user", "content": own.text}],
-                        "images": [Image.fromarray(render(own.before, size))],
-                        "wanted": tell_all(own.after),
-                    }
-                )
+                self.rows.append(_row(f"edit {len(self.rows)}", own.before, size, own.text, tell_all(own.after)))
 
 
 class AnswerPrompts(_Rows):
@@ -118,14 +111,17 @@ class AnswerPrompts(_Rows):
             scene = sample_scene(rng, split, lattice_for(size), arrangement, families)
             own = Question("description", QUESTION, describe(scene)) if rng.random() < describes else ask(scene, rng)
             if own is not None:
-                self.rows.append(
-                    {
-                        "id": f"{own.kind} {len(self.rows)}",
-                        "prompt": [{"role": "user", "content": own.text}],
-                        "images": [Image.fromarray(render(scene, size))],
-                        "wanted": own.answer,
-                    }
-                )
+                self.rows.append(_row(f"{own.kind} {len(self.rows)}", scene, size, own.text, own.answer))
+
+
+def _row(name: str, shown: Scene, size: tuple[int, int], text: str, wanted: str) -> dict:
+    """A prompt about a picture, and what is wanted of the answer."""
+    return {
+        "id": name,
+        "prompt": [{"role": "user", "content": text}],
+        "images": [Image.fromarray(render(shown, size))],
+        "wanted": wanted,
+    }
 
 
 class WordPrompts(_Rows):
