@@ -250,6 +250,12 @@ class NextFlowConfig(PreTrainedConfig):
                 **{key: value for key, value in self.text_config.items() if key != "model_type"}
             )
         super().__post_init__(**kwargs)
+        needed = self.code_start_id + self.vq_config.codebook_size
+        if self.text_config.vocab_size < needed:
+            raise ValueError(
+                f"A vocabulary of {self.text_config.vocab_size} has no room for {self.vq_config.codebook_size} codes "
+                f"from {self.code_start_id} on; it needs {needed} entries."
+            )
         if self.visual_input not in ("residual", "accumulated"):
             raise ValueError(f'`visual_input` must be "residual" or "accumulated", got "{self.visual_input}".')
         if self.context_image not in CONTEXT_IMAGES:
@@ -280,12 +286,19 @@ class NextFlowConfig(PreTrainedConfig):
     def from_preset(cls, name: str, **overrides) -> "NextFlowConfig":
         """Configuration of a named shape: `"nextflow-7b"` or `"nextflow-mini"`.
 
+        With a tokenizer of another size (`vq_config`), the vocabulary has as many codes as that has.
+
         Raises:
             ValueError: If there is no such preset.
         """
         if name not in _PRESETS:
             raise ValueError(f"There is no preset {name!r}; the presets are {sorted(_PRESETS)}.")
-        return cls(**{**_PRESETS[name](), **overrides})
+        entries = {**_PRESETS[name](), **overrides}
+        if "text_config" in entries and "text_config" not in overrides and "vq_config" in overrides:
+            vq_config = overrides["vq_config"]
+            codes = vq_config["codebook_size"] if isinstance(vq_config, dict) else vq_config.codebook_size
+            entries["text_config"].vocab_size = entries["code_start_id"] + codes
+        return cls(**entries)
 
 
 def _qwen2_5_7b_text_config(vocab_size: int) -> Qwen2_5_VLTextConfig:

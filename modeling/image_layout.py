@@ -100,6 +100,8 @@ def find_images(
     Raises:
         ValueError: If images and grids differ in number, or placeholders end within a scale.
     """
+    # Read where Python reads: a question to an accelerator for each image would take longer than its whole pass.
+    input_ids = input_ids.cpu()
     is_slot = input_ids == config.image_token_id
     follows_slot = torch.nn.functional.pad(is_slot, (1, 0))[:, :-1]
     starts = (input_ids == config.boi_token_id).nonzero().tolist()
@@ -109,10 +111,13 @@ def find_images(
         )
     if bool((is_slot & ~follows_slot).sum() > len(starts)):
         raise ValueError("Some image placeholders stand outside an image: each run must follow a begin-of-image token.")
-    run_ends = (~is_slot).long().cumsum(1)
+    # The first column from each on that is no slot.
+    length = input_ids.shape[1]
+    columns = torch.where(is_slot, length, torch.arange(length))
+    run_ends = torch.nn.functional.pad(columns, (0, 1), value=length).flip(1).cummin(dim=1).values.flip(1).tolist()
     spans, total_slots = [], 0
     for (row, start), grids in zip(starts, image_grids):
-        num_slots = int((run_ends[row, start + 1 :] == run_ends[row, start]).sum())
+        num_slots = run_ends[row][start + 1] - start - 1
         found = read_blocks(num_slots, grids)
         if found is None:
             whole = list(accumulate(height * width for height, width in all_blocks(grids)))
@@ -146,46 +151,62 @@ def layout_sequences(
         document_ids: `(batch, length)` for packed rows: positions start anew with every document.
     """
     device = input_ids.device
+    # Everything is laid out on the CPU, and goes to an accelerator at once.
+    input_ids = input_ids.cpu()
     spans = find_images(input_ids, image_grids, config)
     if document_ids is None:
-        valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(torch.long)
+        valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to("cpu", torch.long)
         time = (valid.cumsum(1) - 1).clamp(min=0)
-        document_ids = torch.zeros_like(input_ids)
+        document_starts = torch.zeros_like(input_ids)
     else:
-        time = positions_in_documents(document_ids)
+        document_starts = _document_starts(document_ids.cpu())
+        time = torch.arange(input_ids.shape[1]) - document_starts
+
+    # 1. An image takes one tick of time a block: what follows it in its document comes so much earlier.
+    rows = torch.tensor([span.row for span in spans], dtype=torch.long)
+    slots, blocks = (
+        torch.tensor([getattr(span, name) for span in spans], dtype=torch.long) for name in ("num_slots", "num_blocks")
+    )
+    firsts = torch.tensor([span.start + 1 for span in spans], dtype=torch.long)
+    saved = torch.zeros(len(input_ids), input_ids.shape[1] + 1, dtype=torch.long)
+    saved.index_put_((rows, firsts + slots), slots - blocks, accumulate=True)
+    time_offsets = saved.sum(dim=1)
+    saved = saved.cumsum(dim=1)[:, :-1]
+    time = time - (saved - saved.gather(1, document_starts))
+
+    # 2. Slots have the time of their block, and a place in the picture.
     position_ids = time.float().expand(3, -1, -1).clone()
     block_ids = torch.full_like(input_ids, -1)
-    time_offsets = torch.zeros(len(input_ids), dtype=torch.long, device=device)
-    next_block = 0
-    for span in spans:
-        first, end = span.start + 1, span.start + 1 + span.num_slots
-        offsets, blocks = _slot_template(span.blocks, config.position_range, str(device))
-        start_time = position_ids[0, span.row, span.start].clone()
-        position_ids[:, span.row, first:end] = offsets
-        position_ids[0, span.row, first:end] += start_time
-        block_ids[span.row, first:end] = blocks + next_block
-        next_block += span.num_blocks
-        saved = span.num_slots - span.num_blocks
-        follows = document_ids[span.row, end:] == document_ids[span.row, span.start]
-        position_ids[:, span.row, end:] -= saved * follows
-        time_offsets[span.row] += saved
-    return SequenceLayout(spans, position_ids, block_ids, time_offsets)
+    if spans:
+        templates = [_slot_template(span.blocks, config.position_range) for span in spans]
+        offsets, numbers = (torch.cat(own, dim=-1) for own in zip(*templates))
+        start_times = time[rows, firsts - 1].repeat_interleave(slots)
+        within = torch.arange(len(numbers)) - (slots.cumsum(0) - slots).repeat_interleave(slots)
+        places = rows.repeat_interleave(slots), firsts.repeat_interleave(slots) + within
+        position_ids[:, *places] = torch.cat([offsets[:1] + start_times, offsets[1:]])
+        block_ids[places] = numbers + (blocks.cumsum(0) - blocks).repeat_interleave(slots)
+    return SequenceLayout(spans, position_ids.to(device), block_ids.to(device), time_offsets.to(device))
 
 
 def positions_in_documents(document_ids: torch.LongTensor) -> torch.LongTensor:
     """Position of each token within its own document: `(batch, length)`."""
+    return torch.arange(document_ids.shape[1], device=document_ids.device) - _document_starts(document_ids)
+
+
+def _document_starts(document_ids: torch.LongTensor) -> torch.LongTensor:
+    """Column at which each token's document begins: `(batch, length)`."""
     columns = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
     opens = torch.ones_like(document_ids, dtype=torch.bool)
     opens[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return columns - torch.where(opens, columns, 0).cummax(dim=1).values
+    return torch.where(opens, columns, 0).cummax(dim=1).values
 
 
 @lru_cache(maxsize=256)
-def _slot_template(blocks: tuple[Grid, ...], position_range: float, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _slot_template(blocks: tuple[Grid, ...], position_range: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions (time counted from `<boi>`) and block numbers of the slots of one image."""
     offsets, numbers = [torch.empty(3, 0)], [torch.empty(0, dtype=torch.long)]
     for number, (height, width) in enumerate(blocks):
         time = torch.full((1, height * width), float(number + 1))
         offsets.append(torch.cat([time, block_positions((height, width), position_range)]))
         numbers.append(torch.full((height * width,), number))
-    return torch.cat(offsets, dim=1).to(device), torch.cat(numbers).to(device)
+    return torch.cat(offsets, dim=1), torch.cat(numbers)

@@ -223,15 +223,14 @@ class NextFlowModel(NextFlowPreTrainedModel):
         rows, columns, scales, lengths, features = [], [], [], [], []
         groups = _group(spans, lambda span: (span.grids, span.num_blocks, span.final_only))
         for (grids, num_blocks, final_only), members in groups.items():
-            for index in members:
-                span = spans[index]
-                rows.append(torch.full((span.num_slots + 1,), span.row))
-                columns.append(torch.arange(span.start, span.start + span.num_slots + 1))
             first = len(grids) if final_only else 1
             blocks = enumerate(spans[members[0]].blocks, first)
-            scale_of_slot = [0, *(k for k, (h, w) in blocks for _ in range(h * w))]
-            scales.append(torch.tensor(scale_of_slot).repeat(len(members)))
-            lengths.append(torch.full((len(scale_of_slot) * len(members),), len(grids)))
+            scale_of_slot = torch.tensor([0, *(k for k, (h, w) in blocks for _ in range(h * w))])
+            starts = torch.tensor([(spans[index].row, spans[index].start) for index in members])
+            rows.append(starts[:, 0].repeat_interleave(len(scale_of_slot)))
+            columns.append((starts[:, 1:] + torch.arange(len(scale_of_slot))).flatten())
+            scales.append(scale_of_slot.repeat(len(members)))
+            lengths.append(torch.full_like(scales[-1], len(grids)))
             if num_blocks:
                 own = self._slot_features(image_codes[members].to(self.vq_model.device), grids, num_blocks, final_only)
                 features.append(own.flatten(0, 1))
@@ -601,18 +600,24 @@ class NextFlowForConditionalGeneration(OwnsImageTokenizer, NextFlowPreTrainedMod
             raise ValueError(
                 f"The slots predict {num_codes} codes an image, but there are {image_labels.shape[1]} labels."
             )
-        rows, columns, labels, weights, scales = [], [], [], [], []
-        for index, span in enumerate(spans):
-            columns.append(torch.arange(span.start, span.start + span.num_codes))
-            rows.append(torch.full((span.num_codes,), span.row))
-            labels.append(image_labels[index, : span.num_codes])
-            own_weights, own_scales = self._scale_weights(span.grids[: span.num_predicted_scales])
-            weights.append(own_weights)
-            scales.append(own_scales)
-        rows, columns = torch.cat(rows).to(device), torch.cat(columns).to(device)
-        weights, scales, labels = torch.cat(weights).to(device), torch.cat(scales).to(device), torch.cat(labels)
+        images, within, weights, scales = [], [], [], []
+        groups = _group(spans, lambda span: span.grids[: span.num_predicted_scales])
+        for grids, members in groups.items():
+            own_weights, own_scales = self._scale_weights(grids)
+            images.append(torch.tensor(members).repeat_interleave(len(own_scales)))
+            within.append(torch.arange(len(own_scales)).repeat(len(members)))
+            weights.append(own_weights.repeat(len(members)))
+            scales.append(own_scales.repeat(len(members)))
+        # In the order of the images, whatever their shapes.
+        order = torch.cat(images).argsort(stable=True)
+        images, within, weights, scales = (torch.cat(own)[order] for own in (images, within, weights, scales))
+        starts = torch.tensor([(span.row, span.start) for span in spans])[images]
+        labels = image_labels[images.to(image_labels.device), within.to(image_labels.device)]
+        rows, columns = starts[:, 0].to(device), (starts[:, 1] + within).to(device)
+        weights, scales = weights.to(device), scales.to(device)
         labelled = labels != -100
-        rows, columns, weights, scales, labels = (x[labelled] for x in (rows, columns, weights, scales, labels))
+        rows, columns, weights, scales = (own[labelled.to(device)] for own in (rows, columns, weights, scales))
+        labels = labels[labelled]
         if labels.numel() and (labels.min() < 0 or labels.max() >= self.config.vq_config.codebook_size):
             raise ValueError(
                 f"Image labels must be codes 0..{self.config.vq_config.codebook_size - 1} or -100, got "

@@ -16,10 +16,14 @@ from .train_vq import train_teacher, train_vq
 def run_chain(recipe: Recipe) -> None:
     """Run the recipes that `stage_args.recipes` names, one after another; those whose result is there are skipped.
 
+    The chain's own `trainer` arguments (such as `bf16: true` on an accelerator) go to each of them that has a trainer.
+
     Raises:
         ValueError: If one of them is missing or unknown, before the first runs.
     """
     for own in [load_recipe(name) for name in recipe.stage_args["recipes"]]:
+        if own.trainer:
+            own.trainer |= recipe.trainer
         if not is_done(own):
             run_recipe(own)
 
