@@ -202,7 +202,9 @@ def train_decoder(recipe: Recipe) -> None:
         # Settings of the model itself are made by now: merging gives it back.
         model = get_peft_model(model, LoraConfig(**stage["lora"]))
     samples = SampleGridCallback(builder, stage.get("sample_prompts", []), image_size, stage.get("sample_every", 0))
-    model = run_stage(recipe, model, dataset, collate, lambda model, batch: model(**batch, use_cache=False), [samples, *text_rows])
+    model = run_stage(
+        recipe, model, dataset, collate, lambda model, batch: model(**batch, use_cache=False), [samples, *text_rows]
+    )
 
     # 4. The result says what it can do.
     model.config.abilities = stage.get("abilities")
@@ -215,6 +217,11 @@ def train_decoder(recipe: Recipe) -> None:
         model = model.merge_and_unload()
     model.requires_grad_(True)
     save_whole(Path(recipe.output_dir) / "final", partial(_save, model, tokenizer), sharded="fsdp_size" in stage)
+
+
+def _output_of(model: NextFlowForConditionalGeneration, batch: dict):
+    # Nothing follows that would read a cache.
+    return model(**batch, use_cache=False)
 
 
 def _decoder_of(recipe: Recipe, vq_model: NextFlowVQModel) -> NextFlowForConditionalGeneration:
