@@ -1,7 +1,7 @@
 """The paper's RL figure in miniature (NextFlow Fig 12, VAR-RL Fig 2): rewards of GRPO on all scales and on prefixes,
 with and without scale weights and VMR.
 
-Every run starts from the bundled checkpoint, sees the same prompts (of trained combinations), and is rewarded by the
+Every run starts from one checkpoint, sees the same prompts (of trained combinations), and is rewarded by the
 referee; VMR draws twice as many pictures an update as the others. All draw in the same way: what differs is which codes
 are trained, with what weight, and by what value. Measured: the mean reward of every update, and the strict drawing
 score on validation combinations before and after.
@@ -44,7 +44,7 @@ VARIANTS = {
 
 def run(settings: dict, seed: int, args: argparse.Namespace) -> dict:
     """Train once: the rewards of all updates, and the drawing score afterwards."""
-    model, processor = load("mini")
+    model, processor = load(args.checkpoint)
     model.vq_model.requires_grad_(False)
     rows = ScenePrompts(100, seed=100 + seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -124,6 +124,7 @@ def summary(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="mini")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", choices=VARIANTS, nargs="+", default=list(VARIANTS))
     parser.add_argument("--steps", type=int, default=60)
@@ -141,7 +142,7 @@ def main() -> None:
         parser.error(f"{args.output} holds runs of another effort, {result['effort']}; name another --output")
     result = {"effort": effort, "runs": {}, **result, **record(args.threads)}
     if "before" not in result:
-        result["before"] = drawing(*load("mini"), args)
+        result["before"] = drawing(*load(args.checkpoint), args)
     for seed in range(args.seeds):
         for name in args.only:
             key = f"{name} seed {seed}"

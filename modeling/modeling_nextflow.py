@@ -424,7 +424,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
         mask = create_causal_mask(
             config=self.config.text_config,
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
+            # Padding of packed rows is a document of its own: a position that sees nothing is NaN in some kernels.
+            attention_mask=attention_mask if document_ids is None else torch.ones_like(attention_mask),
             past_key_values=past_key_values,
             block_sequence_ids=block_sequence_ids,
             and_mask_function=None if document_ids is None else packed_sequence_mask_function(document_ids),

@@ -10,6 +10,7 @@ Quantization runs in float32 whatever the dtype of the rest.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -77,10 +78,31 @@ class NextFlowVQOutput(ModelOutput):
 
 
 def upsample(features: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Bicubic resize of a map `(batch, dim, h, w)` to `grid`, without antialiasing; the identity where it fits."""
+    """Bicubic resize of a map `(batch, dim, h, w)` to `grid`, without antialiasing; the identity where it fits.
+
+    As two products with what `F.interpolate` gives for each row and column: its own kernel has a thread for each cell of
+    the result, which leaves an accelerator idle over maps this small.
+    """
     if features.shape[-2:] == tuple(grid):
         return features
-    return F.interpolate(features, size=tuple(grid), mode="bicubic", align_corners=False)
+    if features.is_meta:
+        return features.new_empty(*features.shape[:2], *grid)
+    exact = torch.promote_types(features.dtype, torch.float32)
+    rows, columns = (
+        _bicubic_weights(before, after, exact, str(features.device))
+        for before, after in zip(features.shape[-2:], grid)
+    )
+    with torch.autocast(features.device.type, enabled=False):
+        return (rows @ features.to(exact) @ columns.T).to(features.dtype)
+
+
+@lru_cache(maxsize=1024)
+@torch.inference_mode(False)
+@torch.no_grad()
+def _bicubic_weights(before: int, after: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """What each of `before` cells gives to each of `after` cells: `(after, before)`."""
+    cells = torch.eye(before, dtype=dtype, device="cpu").view(1, before, before, 1)
+    return F.interpolate(cells, size=(after, 1), mode="bicubic", align_corners=False)[0, :, :, 0].T.to(device)
 
 
 def patchify(pixel_values: torch.Tensor, patch: int) -> tuple[torch.Tensor, Grid]:
@@ -237,7 +259,8 @@ def siglip2_features(encoder: Siglip2VisionModel, pixel_values: torch.Tensor, la
     outputs = encoder(
         pixel_values=patches,
         pixel_attention_mask=None,
-        spatial_shapes=torch.tensor([grid]).expand(len(patches), 2),
+        # One shape for all of them: positions are resized once, and not picture by picture.
+        spatial_shapes=torch.tensor([grid]),
         output_hidden_states=True,
     )
     return outputs.hidden_states[layer]

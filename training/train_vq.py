@@ -106,7 +106,7 @@ def train_teacher(recipe: Recipe) -> None:
             "attention_mask": words.attention_mask,
             "pixel_values": patches,
             "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.long),
-            "spatial_shapes": torch.tensor([grid]).expand(len(items), 2),
+            "spatial_shapes": torch.tensor([grid]).repeat(len(items), 1),
         }
 
     dataset = PictureDataset(load_source(recipe.source), words=True)
