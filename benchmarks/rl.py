@@ -136,7 +136,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "rl.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    effort = {name: getattr(args, name) for name in ("steps", "batch", "learning_rate", "temperature", "measured")}
+    effort = {
+        name: getattr(args, name)
+        for name in ("steps", "batch", "learning_rate", "temperature", "measured", "checkpoint")
+    }
     result = json.loads(args.output.read_text()) if args.output.is_file() else {}
     if result and result["effort"] != effort:
         parser.error(f"{args.output} holds runs of another effort, {result['effort']}; name another --output")

@@ -80,8 +80,8 @@ class NextFlowVQOutput(ModelOutput):
 def upsample(features: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Bicubic resize of a map `(batch, dim, h, w)` to `grid`, without antialiasing; the identity where it fits.
 
-    As two products with what `F.interpolate` gives for each row and column: its own kernel has a thread for each cell of
-    the result, which leaves an accelerator idle over maps this small.
+    As two products with what `F.interpolate` gives for each row and column: its own kernel has a thread for each cell
+    of the result, which leaves an accelerator idle over maps this small.
     """
     if features.shape[-2:] == tuple(grid):
         return features
@@ -89,8 +89,7 @@ def upsample(features: torch.Tensor, grid: Grid) -> torch.Tensor:
         return features.new_empty(*features.shape[:2], *grid)
     exact = torch.promote_types(features.dtype, torch.float32)
     rows, columns = (
-        _bicubic_weights(before, after, exact, str(features.device))
-        for before, after in zip(features.shape[-2:], grid)
+        _bicubic_weights(before, after, exact, str(features.device)) for before, after in zip(features.shape[-2:], grid)
     )
     with torch.autocast(features.device.type, enabled=False):
         return (rows @ features.to(exact) @ columns.T).to(features.dtype)

@@ -18,7 +18,7 @@ from .refining import load_refiner
 from .training.stage_trainer import save_whole
 from .training.train_decoder import processor_for
 
-MAX_BYTES, MAX_REFINER_BYTES = 40 * 10**6, 12 * 10**6
+MAX_BYTES, MAX_REFINER_BYTES = 40 * 10**6, 16 * 10**6
 # What drawing may lose where other scores rise.
 MAX_DRAWING_LOSS = 0.02
 _LOG = "training_log.json"
@@ -53,7 +53,7 @@ def bundle(runs: Path, name: str, decoder: str, vq: str | None = None, **evaluat
         logs[path.parent.name] = json.loads(path.read_text())["log_history"]
 
     def save(folder: Path) -> None:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=_halves(model))
         processor.save_pretrained(folder)
         (folder / _LOG).write_text(json.dumps(logs, indent=1) + "\n")
         _drop_code(folder)
@@ -138,6 +138,7 @@ def bundle_refiner(run: Path, name: str) -> Path:
     def save(folder: Path) -> None:
         pipeline.refiner.to(torch.float16)
         pipeline.save_pretrained(folder)
+        pipeline.vq_model.save_pretrained(folder / "vq_model", state_dict=_halves(pipeline.vq_model))
         _drop_code(folder / "vq_model")
         (folder / _LOG).write_text(json.dumps({run.name: log}, indent=1) + "\n")
         (folder / "README.md").write_text(card.content)
@@ -147,6 +148,19 @@ def bundle_refiner(run: Path, name: str) -> Path:
 
     save_whole(target, save)
     return target
+
+
+def _halves(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights in half precision, as they lie on the disk; the configuration's dtype is that in which they load.
+
+    Codes stay as they are: a decoder knows its codebook by them. Weights that are shared stay shared.
+    """
+    halves: dict[int, torch.Tensor] = {}
+    state = model.state_dict()
+    for name, own in state.items():
+        if own.is_floating_point() and ".codebook." not in f".{name}":
+            state[name] = halves.setdefault(own.data_ptr(), own.half())
+    return state
 
 
 def _drop_code(folder: Path) -> None:

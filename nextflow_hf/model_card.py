@@ -48,7 +48,7 @@ trust_remote_code=True)` and `AutoProcessor.from_pretrained(..., trust_remote_co
 ## How it was made
 
 {parameters:.1f} million parameters: {decoder:.1f} in the decoder, {tokenizer:.1f} in the image tokenizer ({codes}
-codes, one index for a semantic and a pixel vector). Trained on a CPU with the recipes `mini-*` of the package, on
+codes, one index for a semantic and a pixel vector). Trained with the recipes `mini-*` of the package, on
 pictures that a program renders; `training_log.json` has the losses of every stage. Nothing was taken from other weights
 or data.
 """

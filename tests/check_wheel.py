@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForMultimodalLM
 assert {folder!r} in nextflow_hf.__file__, nextflow_hf.__file__
 import nextflow_hf.modeling.scale_schedule as schedule, nextflow_hf.scenes, nextflow_hf.training.recipe as recipe
 assert {folder!r} in schedule.__file__
-recipe.load_recipe("mini-decoder")
+recipe.load_recipe("mini-pretrain-64")
 AutoModelForMultimodalLM.from_pretrained(nextflow_hf.MINI)
 nextflow_hf.NextFlowRefinerPipeline.from_pretrained(nextflow_hf.REFINERS["mini"])
 """

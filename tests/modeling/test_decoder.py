@@ -190,6 +190,23 @@ def test_scales_whose_final_block_cannot_be_told_apart_are_refused():
         small_model(context_image="final", levels=(2, 4))
 
 
+def test_labels_come_in_the_order_of_the_images(model):
+    """Whatever their shapes: rewards and log-probabilities are told apart by this order."""
+    shapes = (WIDE, SQUARE, WIDE)
+    ids = torch.tensor([[7, *(token for own in shapes for token in image_tokens(model.config, own))]])
+    spans = layout_sequences(ids, None, shapes, model.config).spans
+    counts = [sum(h * w for h, w in own) for own in shapes]
+    codes = torch.full((3, max(counts)), -100)
+    for image, count in enumerate(counts):
+        codes[image, :count] = torch.arange(count)
+    (rows, columns), labels, _, scales = model._labelled_slots(codes, spans, "cpu")
+    assert labels.tolist() == [code for count in counts for code in range(count)]
+    assert not rows.any() and columns.tolist() == [
+        span.start + place for span, count in zip(spans, counts) for place in range(count)
+    ]
+    assert scales.tolist() == [k for own in shapes for k, (h, w) in enumerate(own) for _ in range(h * w)]
+
+
 # ---- losses ----------------------------------------------------------------------------------------------------------
 
 
@@ -364,6 +381,12 @@ def test_refuses_images_that_do_not_fit(model, change, message):
         model(**batch)
 
 
+def test_a_preset_has_as_many_codes_as_its_tokenizer():
+    vq_config = NextFlowConfig.from_preset("nextflow-mini").vq_config.to_dict() | {"codebook_size": 2048}
+    config = NextFlowConfig.from_preset("nextflow-mini", vq_config=vq_config)
+    assert config.text_config.vocab_size == config.code_start_id + 2048
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -371,6 +394,7 @@ def test_refuses_images_that_do_not_fit(model, change, message):
         (lambda: NextFlowConfig(context_image="all"), "context_image"),
         (lambda: NextFlowConfig(abilities=["fly"]), "abilities"),
         (lambda: NextFlowConfig.from_preset("nextflow-8b"), "no preset"),
+        (lambda: small_config(code_start_id=70), "no room for 32 codes"),
         (lambda: NextFlowVQConfig(encoder_channels=[8, 8], decoder_channels=[8, 8]), "must agree"),
         (lambda: NextFlowVQConfig(encoder_channels=[8, 8]), "same number of levels"),
         (lambda: NextFlowVQConfig(sides=[1, 3, 2], levels=[3]), "strictly grow"),

@@ -55,6 +55,17 @@ def test_a_packed_document_is_what_it_is_alone(model):
     torch.testing.assert_close(together[:-3], torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
+def test_nothing_in_a_packed_row_sees_nothing():
+    """A position without a key is NaN in the backward pass of some kernels."""
+    model = small_model()
+    row = packed(list(documents(model)), gap=3)
+    row["document_ids"][0, -3:] = -1
+    seen = {}
+    model.model.language_model.register_forward_pre_hook(lambda *args: seen.update(args[-1]), with_kwargs=True)
+    model.model(**row)
+    assert seen["attention_mask"]["full_attention"].any(dim=-1).all()
+
+
 def test_packed_loss_and_gradients_equal_padded(model):
     parts = list(documents(model))
     row = packed(parts)

@@ -42,6 +42,14 @@ def test_a_search_over_the_7b_codebook_stays_under_a_gigabyte():
     assert rows > 0 and rows * 32768 * 4 < 2**30
 
 
+@pytest.mark.parametrize(("before", "after"), [((1, 1), (4, 6)), ((2, 5), (6, 7)), ((8, 8), (3, 8))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_maps_are_resized_as_torch_does(before, after, dtype):
+    maps = torch.randn(2, 3, *before, dtype=dtype)
+    expected = F.interpolate(maps, size=after, mode="bicubic", align_corners=False)
+    torch.testing.assert_close(modeling_nextflow_vq.upsample(maps, after), expected)
+
+
 def test_residual_quantization_by_hand(vq_model, pixels):
     """Area down, nearest code, bicubic up, subtract: step by step (NextFlow 2.1, TokenFlow)."""
     latents, _ = vq_model.latents(pixels)

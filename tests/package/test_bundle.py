@@ -1,8 +1,12 @@
 """Which checkpoint may take another's place in the box."""
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from small_models import small_model
 
-from nextflow_hf.bundle import check_better, scores_of
+from nextflow_hf.bundle import _halves, check_better, scores_of
+from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
 
 
 def scores(drawing, questions, **more):
@@ -54,3 +58,17 @@ def test_a_checkpoint_is_replaced_where_scores_rise_and_drawing_is_kept(after, t
 def test_an_ability_that_is_gone_counts_as_nothing():
     with pytest.raises(ValueError, match=r"drawn \(words\) 0.500 to 0.000"):
         check_better(scores(0.70, 0.6, words=0.5), scores(0.71, 0.61))
+
+
+def test_half_precision_on_disk_loads_as_what_it_was(tmp_path):
+    """Half the bytes, the same codes, and weights in float32 that differ by half precision's rounding alone."""
+    model = small_model(tie_word_embeddings=True)
+    model.config.codebook_fingerprint = model.vq_model.fingerprint()
+    model.save_pretrained(tmp_path, state_dict=_halves(model))
+    saved = load_file(tmp_path / "model.safetensors")
+    assert {own.dtype for name, own in saved.items() if "codebook" not in name} == {torch.float16}
+    loaded = NextFlowForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.float32 and loaded.vq_model.fingerprint() == model.vq_model.fingerprint()
+    assert loaded.lm_head.weight is loaded.model.language_model.embed_tokens.weight
+    for before, after in zip(model.parameters(), loaded.parameters()):
+        torch.testing.assert_close(after, before, rtol=2**-10, atol=2**-20)

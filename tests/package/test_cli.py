@@ -61,7 +61,7 @@ def test_evaluate_writes_scores_and_every_setting(tmp_path, capsys):
         (["generate", "a star", "--checkpoint", "{tmp}/none", "--output", "{tmp}"], "none"),
         (["describe", "{tmp}/none.png"], "none.png"),
         (["train", "no-such-recipe"], "no recipe"),
-        (["train", "mini-decoder", "max_steps"], "key=value"),
+        (["train", "mini-pretrain-64", "max_steps"], "key=value"),
     ],
 )
 def test_a_mistake_is_one_line_and_no_files(arguments, message, tmp_path, capsys):

@@ -17,6 +17,7 @@ from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGenerat
 from nextflow_hf.modeling.modeling_nextflow_vq import NextFlowVQModel
 from nextflow_hf.processing.image_processing_base_nextflow import buckets_from_schedule
 from nextflow_hf.processing.processing_nextflow import NextFlowProcessor
+from nextflow_hf.training import stages
 from nextflow_hf.training.code_extraction import extract_codes
 from nextflow_hf.training.coded_documents import CodedDocuments, MixedSequences
 from nextflow_hf.training.data import MixedSource, import_class, load_source, to_pixels
@@ -380,35 +381,43 @@ def test_the_text_tokenizer_learns_from_datasets(tmp_path):
 def test_the_recipes_run_one_after_another(tmp_path, monkeypatch):
     """All stages on a tiny shape: every file that a stage reads, the stage before has written."""
     monkeypatch.chdir(tmp_path)
-    quick = [
-        "trainer.max_steps=2",
-        "trainer.save_steps=2",
-        "trainer.disable_tqdm=true",
-        "trainer.dataloader_num_workers=0",
-    ]
-    small = ["trainer.per_device_train_batch_size=4", "trainer.use_cpu=true", "source.num_pictures=300"]
-    for name in (
-        "mini-tokenizer",
-        "mini-teacher",
-        "mini-vq-pixel",
-        "mini-vq-joint",
-        "mini-decoder-coarse",
-        "mini-vq-decoder",
-        "mini-decoder",
-        "mini-orderly-coarse",
-        "mini-orderly",
-        "mini-diverse",
-    ):
-        recipe = load_recipe(
-            name,
-            ["stage_args.texts=400", "stage_args.sample_every=2"] if name == "mini-tokenizer" else [*quick, *small],
-        )
+    for name in ("teacher", "vq-pixel", "vq-joint", "vq-decoder", "extract-32", "extract-64", "pretrain-64"):
+        if name == "teacher":
+            run_recipe(load_recipe("mini-tokenizer", ["stage_args.texts=50"]))
+        recipe = load_recipe(f"mini-{name}")
+        if recipe.trainer:
+            recipe.trainer |= {"max_steps": 2, "save_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True}
+            recipe.trainer |= {"disable_tqdm": True, "dataloader_num_workers": 0}
+        for spec in recipe.data.values():
+            if "args" in spec:
+                spec["args"]["num_records"] = 3
+        if name == "pretrain-64":
+            heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1}
+            shape = {"hidden_size": 64, "intermediate_size": 64, **heads}
+            recipe.config |= {f"text.{entry}": value for entry, value in shape.items()}
+            recipe.trainer["per_device_train_batch_size"] = 1
         run_recipe(recipe)
-    final = Path("runs/mini/diverse/final")
-    model = nextflow_hf.NextFlowForConditionalGeneration.from_pretrained(final)
-    assert model.config.abilities == ["image", "caption"] and model.config.trained_image_sizes == [[64, 64]]
-    assert model.generation_config.image_top_k == load_recipe("mini-diverse").stage_args["sampling"]["top_k"]
+    model = nextflow_hf.NextFlowForConditionalGeneration.from_pretrained(Path("runs/mini/pretrain-64/final"))
+    assert model.config.abilities == ["image", "caption", "edit", "interleaved"]
+    assert model.config.trained_image_sizes == [[64, 64], [32, 32], [48, 80], [80, 48]]
+    assert model.generation_config.image_temperature == recipe.stage_args["sampling"]["temperature"]
     shutil.rmtree("runs")
+
+
+def test_a_chain_hands_its_trainer_arguments_on(tmp_path, monkeypatch):
+    """`nextflow-hf train mini-all trainer.bf16=true` is for every recipe of the chain that trains."""
+    seen = {}
+    monkeypatch.setattr(stages, "run_recipe", lambda recipe: seen.update({recipe.output_dir: recipe.trainer}))
+    monkeypatch.chdir(tmp_path)
+    chain = Recipe(
+        "chain",
+        str(tmp_path),
+        trainer={"bf16": True},
+        stage_args={"recipes": ["mini-extract-64", "mini-pretrain-64"]},
+    )
+    stages.run_chain(chain)
+    assert seen["runs/mini/codes-64"] == {}
+    assert seen["runs/mini/pretrain-64"]["bf16"] and seen["runs/mini/pretrain-64"]["max_steps"] > 2
 
 
 # ---- recipes ---------------------------------------------------------------------------------------------------------
@@ -441,7 +450,9 @@ def test_bundled_recipes_are_complete(name, tmp_path):
 
 
 def test_overrides():
-    recipe = load_recipe("mini-decoder", ["trainer.max_steps=7", "stage_args.abilities=[image]", "seed_folder=1"][:2])
+    recipe = load_recipe(
+        "mini-pretrain-64", ["trainer.max_steps=7", "stage_args.abilities=[image]", "seed_folder=1"][:2]
+    )
     assert recipe.trainer["max_steps"] == 7 and recipe.stage_args["abilities"] == ["image"]
 
 
@@ -449,8 +460,8 @@ def test_overrides():
     ("call", "message"),
     [
         (lambda: load_recipe("no-such-recipe"), "no recipe"),
-        (lambda: load_recipe("mini-decoder", ["trainer.max_steps"]), "key=value"),
-        (lambda: load_recipe("mini-decoder", ["speed=3"]), "unknown entries"),
+        (lambda: load_recipe("mini-grpo", ["trainer.max_steps"]), "key=value"),
+        (lambda: load_recipe("mini-grpo", ["speed=3"]), "unknown entries"),
         (lambda: load_source({"size": [64, 64]}), "module:name"),
         (lambda: load_source({"class": "nextflow_hf.scenes:NoSuchSource"}), "cannot be imported"),
         (lambda: run_recipe(Recipe(stage="dream", output_dir="x")), "stage is one of"),
