@@ -133,7 +133,8 @@ def train_decoder(recipe: Recipe) -> None:
     * how: `prefix_scales`, `prompt_dropout`, `attn_implementation`, `fsdp_size` (processes over which weights,
       gradients and the optimizer are sharded; goes on from a saved `decoder`), `dtype` (in which weights and the
       optimizer are kept; that in which `decoder` was saved where it is missing);
-    * what the checkpoint carries: `abilities`, `sampling` (its `image_*` generation settings);
+    * what the checkpoint carries: `abilities`, `sampling` (its `image_*` generation settings), `image_sizes` (which it
+      lists as trained; all that its data have where it is missing);
     * samples on the way: `sample_prompts`, `sample_every`, `image_size` (not where weights are sharded);
     * for `data`: `sequences` (how many, before they come again), `task_inversion`, and `packing` (`unit`: "tokens" or
       "flops", `capacity`, `max_tokens`, `window`);
@@ -171,6 +172,8 @@ def train_decoder(recipe: Recipe) -> None:
     model = _decoder_of(recipe, vq_model)
     # What it could draw before, it can still; datasets of pictures that are only read have no sizes.
     image_sizes = {*image_sizes, *map(tuple, model.config.trained_image_sizes or ())}
+    if "image_sizes" in stage:
+        image_sizes = _listed(stage["image_sizes"], image_sizes)
     _freeze_all_but(model, stage)
     text_rows = _text_rows(model, recipe)
     if "attn_implementation" in stage:
@@ -217,6 +220,14 @@ def train_decoder(recipe: Recipe) -> None:
         model = model.merge_and_unload()
     model.requires_grad_(True)
     save_whole(Path(recipe.output_dir) / "final", partial(_save, model, tokenizer), sharded="fsdp_size" in stage)
+
+
+def _listed(sizes: list, found: set[tuple[int, int]]) -> set[tuple[int, int]]:
+    """Sizes that the checkpoint is to list, of those that its data have."""
+    listed = set(map(tuple, sizes))
+    if not listed <= found:
+        raise ValueError(f"`image_sizes` lists {sorted(listed - found)}, but the data have {sorted(found)}.")
+    return listed
 
 
 def _output_of(model: NextFlowForConditionalGeneration, batch: dict):
