@@ -390,7 +390,7 @@ def test_the_recipes_run_one_after_another(tmp_path, monkeypatch):
             recipe.trainer |= {"disable_tqdm": True, "dataloader_num_workers": 0}
         for spec in recipe.data.values():
             if "args" in spec:
-                spec["args"]["num_records"] = 3
+                spec["args"]["num_records"] = 5
         if name == "pretrain-64":
             heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1}
             shape = {"hidden_size": 64, "intermediate_size": 64, **heads}
