@@ -247,6 +247,8 @@ def run_stage(
             )
     args = TrainingArguments(output_dir=str(folder), **arguments)
     set_seed(args.seed)
+    # Of the kernels behind SDPA, cuDNN's gave a gradient of NaN over packed rows on an H100 (torch 2.11).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     ema = EmaCallback(recipe.stage_args.get("ema_decay", 0.999), last)
     trainer = StageTrainer(
         model=model,
