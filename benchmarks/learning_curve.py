@@ -7,7 +7,7 @@ learning rate schedule scores are lower than they would be at an end.
 
 Keep the checkpoints of a run with `nextflow-hf train RECIPE trainer.save_total_limit=100`, then
 
-    python benchmarks/learning_curve.py runs/mini/tasks runs/mini/tasks-more --every 500
+    python benchmarks/learning_curve.py runs/mini/pretrain-64 --every 500
 
 writes `benchmarks/results/learning_curve.json` (a killed run goes on), the table and figure in `docs/abilities.md`.
 """

@@ -295,9 +295,10 @@ class NextFlowConfig(PreTrainedConfig):
             raise ValueError(f"There is no preset {name!r}; the presets are {sorted(_PRESETS)}.")
         entries = {**_PRESETS[name](), **overrides}
         if "text_config" in entries and "text_config" not in overrides and "vq_config" in overrides:
-            vq_config = overrides["vq_config"]
-            codes = vq_config["codebook_size"] if isinstance(vq_config, dict) else vq_config.codebook_size
-            entries["text_config"].vocab_size = entries["code_start_id"] + codes
+            vq_config = overrides["vq_config"] or {}
+            if isinstance(vq_config, dict):
+                vq_config = NextFlowVQConfig(**vq_config)
+            entries["text_config"].vocab_size = entries["code_start_id"] + vq_config.codebook_size
         return cls(**entries)
 
 
@@ -319,7 +320,7 @@ def _nextflow_7b() -> dict:
     return {}
 
 
-# The mini tokenizer keeps Qwen's names for its special tokens; see processing/train_tokenizer.py for their ids.
+# The mini tokenizer keeps Qwen's names for its special tokens; see processing/tokenization_nextflow.py for their ids.
 MINI_TEXT_VOCAB_SIZE = 768
 MINI_SPECIAL_TOKEN_IDS = {
     "<|endoftext|>": 0,

@@ -13,7 +13,7 @@ Positions (NextFlow Eq 1): text at time t has (t, t, t); slot (i, j) of an h x w
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from itertools import accumulate
 
 import torch
@@ -92,6 +92,18 @@ def read_grids(image_grids: torch.Tensor) -> list[tuple[Grid, ...]]:
     return [tuple((h, w) for h, w in image if h > 0) for image in image_grids.tolist()]
 
 
+def _on_cpu(function):
+    """Tensors that a function makes are on the CPU, whatever the default device."""
+
+    @wraps(function)
+    def wrapped(*args, **kwargs):
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+@_on_cpu
 def find_images(
     input_ids: torch.LongTensor, image_grids: Sequence[tuple[Grid, ...]], config: NextFlowConfig
 ) -> tuple[ImageSpan, ...]:
@@ -134,6 +146,7 @@ def find_images(
     return tuple(spans)
 
 
+@_on_cpu
 def layout_sequences(
     input_ids: torch.LongTensor,
     attention_mask: torch.Tensor | None,

@@ -8,6 +8,7 @@ Quantization runs in float32 whatever the dtype of the rest.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,6 +27,8 @@ from .scale_schedule import Grid
 
 # The nearest-code search holds one (rows, codebook) product at a time and keeps it below this many bytes.
 SEARCH_CHUNK_BYTES = 256 * 2**20
+# Cells a side up to which a map is resized by products.
+_SMALL_MAP = 64
 
 
 @dataclass
@@ -80,28 +83,44 @@ class NextFlowVQOutput(ModelOutput):
 def upsample(features: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Bicubic resize of a map `(batch, dim, h, w)` to `grid`, without antialiasing; the identity where it fits.
 
-    As two products with what `F.interpolate` gives for each row and column: its own kernel has a thread for each cell
-    of the result, which leaves an accelerator idle over maps this small.
+    Small maps as two products, one with the kernel's weights for each row and one for each column: torch's own kernel
+    has a thread for each cell of the result, which leaves an accelerator idle over them.
     """
     if features.shape[-2:] == tuple(grid):
         return features
-    if features.is_meta:
-        return features.new_empty(*features.shape[:2], *grid)
-    exact = torch.promote_types(features.dtype, torch.float32)
+    if features.is_meta or max(*features.shape[-2:], *grid) > _SMALL_MAP:
+        return F.interpolate(features, size=tuple(grid), mode="bicubic", align_corners=False)
+    # The same codes whatever a trainer allows its products: autocast, or TensorFloat-32.
+    exact = torch.float64 if features.is_cuda else torch.promote_types(features.dtype, torch.float32)
     rows, columns = (
-        _bicubic_weights(before, after, exact, str(features.device)) for before, after in zip(features.shape[-2:], grid)
+        torch.tensor(_bicubic_weights(before, after), dtype=exact, device=features.device)
+        for before, after in zip(features.shape[-2:], grid)
     )
     with torch.autocast(features.device.type, enabled=False):
         return (rows @ features.to(exact) @ columns.T).to(features.dtype)
 
 
 @lru_cache(maxsize=1024)
-@torch.inference_mode(False)
-@torch.no_grad()
-def _bicubic_weights(before: int, after: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """What each of `before` cells gives to each of `after` cells: `(after, before)`."""
-    cells = torch.eye(before, dtype=dtype, device="cpu").view(1, before, before, 1)
-    return F.interpolate(cells, size=(after, 1), mode="bicubic", align_corners=False)[0, :, :, 0].T.to(device)
+def _bicubic_weights(before: int, after: int) -> tuple[tuple[float, ...], ...]:
+    """What each of `before` cells gives to each of `after`, `(after, before)`: cubic convolution with a = -0.75."""
+    table = []
+    for cell in range(after):
+        place = (cell + 0.5) * before / after - 0.5
+        first = math.floor(place)
+        weights = [0.0] * before
+        for neighbour in range(first - 1, first + 3):
+            # Beyond the edge the outermost cell stands.
+            weights[min(max(neighbour, 0), before - 1)] += _cubic(abs(place - neighbour))
+        table.append(tuple(weights))
+    return tuple(table)
+
+
+def _cubic(distance: float, a: float = -0.75) -> float:
+    if distance <= 1:
+        return ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    if distance < 2:
+        return ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+    return 0.0
 
 
 def patchify(pixel_values: torch.Tensor, patch: int) -> tuple[torch.Tensor, Grid]:

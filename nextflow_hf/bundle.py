@@ -155,11 +155,13 @@ def _halves(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
     Codes stay as they are: a decoder knows its codebook by them. Weights that are shared stay shared.
     """
-    halves: dict[int, torch.Tensor] = {}
+    halves: dict[tuple, torch.Tensor] = {}
     state = model.state_dict()
     for name, own in state.items():
         if own.is_floating_point() and ".codebook." not in f".{name}":
-            state[name] = halves.setdefault(own.data_ptr(), own.half())
+            state[name] = halves.setdefault((own.data_ptr(), own.shape), own.half())
+            if not torch.isfinite(state[name]).all():
+                raise ValueError(f"{name} holds numbers that half precision does not.")
     return state
 
 

@@ -134,7 +134,8 @@ draw("a red circle", seed=7, refining={{"upsampling": 2}}).save("large.png")
 
 {parameters:.1f} million parameters in the denoiser, in half precision; `vq_model` is the tokenizer whose codes it was
 trained on ({fingerprint}). What it gains and what it costs in measured numbers: `docs/refiner.md` of the package, made
-by `python benchmarks/refiner.py`. Trained on a CPU with the recipe `mini-refiner`; `training_log.json` has the losses.
+by `python benchmarks/refiner.py`. Trained on a CPU with the recipes `mini-refiner` and
+`mini-refiner-doubled`; `training_log.json` has the losses.
 """
 
 

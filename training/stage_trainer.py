@@ -247,8 +247,7 @@ def run_stage(
             )
     args = TrainingArguments(output_dir=str(folder), **arguments)
     set_seed(args.seed)
-    # Of the kernels behind SDPA, cuDNN's gave a gradient of NaN over packed rows on an H100 (torch 2.11).
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    leave_out_cudnn_attention()
     ema = EmaCallback(recipe.stage_args.get("ema_decay", 0.999), last)
     trainer = StageTrainer(
         model=model,
@@ -291,6 +290,11 @@ def run_stage(
     if is_sharded(model):
         make_whole(model)
     return model.eval()
+
+
+def leave_out_cudnn_attention() -> None:
+    """Of SDPA's kernels, cuDNN's gave a gradient of NaN on an H100 (torch 2.11), over rows that see nothing."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -205,9 +205,7 @@ def train_decoder(recipe: Recipe) -> None:
         # Settings of the model itself are made by now: merging gives it back.
         model = get_peft_model(model, LoraConfig(**stage["lora"]))
     samples = SampleGridCallback(builder, stage.get("sample_prompts", []), image_size, stage.get("sample_every", 0))
-    model = run_stage(
-        recipe, model, dataset, collate, lambda model, batch: model(**batch, use_cache=False), [samples, *text_rows]
-    )
+    model = run_stage(recipe, model, dataset, collate, _output_of, [samples, *text_rows])
 
     # 4. The result says what it can do.
     model.config.abilities = stage.get("abilities")

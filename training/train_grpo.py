@@ -9,7 +9,7 @@ import torch
 from .data import load_source
 from .processes import all_processes
 from .recipe import Recipe
-from .stage_trainer import check_writable, save_whole
+from .stage_trainer import check_writable, leave_out_cudnn_attention, save_whole
 from .zero import check_zero, zero_arguments
 
 
@@ -59,6 +59,7 @@ def train_grpo(recipe: Recipe) -> None:
             f"{sorted(taken)} come from `output_dir` and `stage_args.rewards`; leave them out of `trainer`."
         )
     check_writable(output, bytes_needed=3 * 4 * model.num_parameters())
+    leave_out_cudnn_attention()
     model.vq_model.requires_grad_(False)
     processor = AutoProcessor.from_pretrained(recipe.init_from["decoder"])
     rows = load_source(recipe.source)

@@ -6,6 +6,7 @@ from functools import lru_cache
 from multiprocessing import get_context
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ..training.rewards import last_words, ocr_score
@@ -162,20 +163,33 @@ def scene_reward(prompts: list, drawn: list, wanted: list[str] | None = None, **
 class SceneReward:
     """[`scene_reward`] by several processes: an accelerator draws faster than one referee looks.
 
+    They are started when the first pictures come; a script that uses it needs `if __name__ == "__main__":`, as all that
+    start processes do.
+
     Args:
-        processes: How many; by default as many as there are cores.
+        processes: How many; by default this training process' share of the cores. 1 starts none.
     """
 
     __name__ = "scene_reward"
 
     def __init__(self, processes: int | None = None):
-        # Started anew, not forked: a copy of a process that uses an accelerator may hang.
-        self.pool = ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn"))
+        self.processes = _share_of_cores() if processes is None else processes
+        self.pool: ProcessPoolExecutor | None = None
 
     def __call__(self, prompts: list, drawn: list, wanted: list[str] | None = None, **columns) -> list[float | None]:
         """See [`scene_reward`]."""
+        if self.processes <= 1:
+            return scene_reward(prompts, drawn, wanted)
+        if self.pool is None:
+            # Started anew, not forked: a copy of a process that uses an accelerator may hang.
+            self.pool = ProcessPoolExecutor(self.processes, get_context("spawn"), torch.set_num_threads, (1,))
         texts = list(map(last_words, prompts) if wanted is None else wanted)
         return list(self.pool.map(_scene_reward, texts, drawn, chunksize=4))
+
+
+def _share_of_cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _scene_reward(text: str, picture: Image.Image | None) -> float | None:

@@ -190,6 +190,15 @@ def test_scales_whose_final_block_cannot_be_told_apart_are_refused():
         small_model(context_image="final", levels=(2, 4))
 
 
+def test_the_default_device_does_not_matter(model):
+    """Positions are laid out on the CPU, wherever a caller has new tensors made."""
+    ids = torch.tensor([image_tokens(model.config, SQUARE)])
+    expected = layout_sequences(ids, None, [SQUARE], model.config)
+    with torch.device("meta"):
+        layout = layout_sequences(ids, None, [SQUARE], model.config)
+    assert torch.equal(layout.position_ids, expected.position_ids) and layout.spans == expected.spans
+
+
 def test_labels_come_in_the_order_of_the_images(model):
     """Whatever their shapes: rewards and log-probabilities are told apart by this order."""
     shapes = (WIDE, SQUARE, WIDE)

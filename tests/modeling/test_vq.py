@@ -252,3 +252,15 @@ def test_codes_are_found_in_full_precision_under_autocast(vq_model):
     with torch.autocast("cpu", torch.bfloat16):
         distances, codes = codebook.nearest(table, table)
     assert codes[:, 0].tolist() == [0, 1] and distances.dtype == torch.float32
+
+
+def test_what_export_traces_leaves_no_trace(vq_model):
+    """A cache of tensors would keep the tracer's."""
+
+    class Resize(torch.nn.Module):
+        def forward(self, maps):
+            return modeling_nextflow_vq.upsample(maps, (7, 11))
+
+    maps = torch.randn(1, 2, 3, 5)
+    exported = torch.export.export(Resize(), (maps,)).module()
+    torch.testing.assert_close(exported(maps), modeling_nextflow_vq.upsample(maps, (7, 11)))

@@ -259,7 +259,7 @@ def test_edits_are_rewarded_for_the_changed_scene_alone(monkeypatch):
     assert scene_reward(prompts, afters, wanted) == [1.0] * 30
     befores = scene_reward(prompts, [row["images"][0] for row in rows], wanted)
     assert max(befores) <= 0.5
-    assert SceneReward(processes=1)(prompts, [None, *(row["images"][0] for row in rows[1:])], wanted)[1:] == befores[1:]
+    assert SceneReward(processes=2)(prompts, [None, *(row["images"][0] for row in rows[1:])], wanted)[1:] == befores[1:]
 
 
 def test_answers_are_rewarded_to_the_letter():
