@@ -27,7 +27,8 @@ from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGenerat
 from nextflow_hf.training.packing import Bin, PackedSequences, SequenceCost, collate_packed, tokens_of
 from nextflow_hf.training.sequences import IGNORED, pad_rows, stack_images
 
-CODES = 512
+# Shares of the documents: half short texts, the rest pictures of 256, 512 and (few) 1024 px, and stories of two.
+MIX = {"text": 0.5, 256: 0.27, 512: 0.12, 1024: 0.01, "story": 0.10}
 
 
 def build_config(width: int, layers: int) -> NextFlowConfig:
@@ -50,34 +51,51 @@ def build_config(width: int, layers: int) -> NextFlowConfig:
     )
 
 
-def draw_sequences(config: NextFlowConfig, number: int, seed: int) -> list[dict]:
-    """A stream of documents: half short texts, the rest pictures of 256, 512 and (few) 1024 px, and stories of two."""
+def draw_sequences(
+    config: NextFlowConfig,
+    number: int,
+    seed: int,
+    mix: dict = MIX,
+    tokens: tuple[int, int] = (10, 400),
+) -> list[dict]:
+    """A stream of random documents: texts, pictures of a side in pixels, stories of two pictures.
+
+    Args:
+        config: The decoder's configuration.
+        number: How many.
+        seed: Different seeds give different documents.
+        mix: Share of each kind.
+        tokens: Text tokens are from the first of these on, and below the second.
+    """
+    # A mix counts in pixels of the paper's tokenizer, whose cells are 16 wide.
+    shrink = 16 // config.vq_config.downsample
+    num_codes = config.vq_config.codebook_size
     rng = random.Random(seed)
     sequences = []
     for _ in range(number):
-        kind = rng.choices(("text", 256, 512, 1024, "story"), (0.5, 0.27, 0.12, 0.01, 0.10))[0]
+        kind = rng.choices(tuple(mix), tuple(mix.values()))[0]
         pictures = {"text": (), "story": (256, 256)}.get(kind, (kind,))
         item = {"input_ids": [], "labels": [], "codes": [], "image_labels": [], "grids": []}
         words = rng.randint(20, 120)
-        _add_text(item, words, rng)
+        _add_text(item, words, rng, tokens)
         for side in pictures:
-            grids = config.schedule.grids_for_size(side // 2, side // 2)
-            codes = [rng.randrange(CODES) for height, width in grids for _ in range(height * width)]
-            slots = len(codes) - 1
+            grids = config.schedule.grids_for_size(side // shrink, side // shrink)
+            own = [rng.randrange(num_codes) for height, width in grids for _ in range(height * width)]
+            slots = len(own) - 1
             item["input_ids"] += [config.boi_token_id, *[config.image_token_id] * slots, config.eoi_token_id]
             item["labels"] += [IGNORED] * (slots + 2)
-            item["codes"].append(codes)
-            item["image_labels"].append(codes)
+            item["codes"].append(own)
+            item["image_labels"].append(own)
             item["grids"].append(grids)
-            _add_text(item, rng.randint(5, 60), rng)
+            _add_text(item, rng.randint(5, 60), rng, tokens)
         sequences.append(item)
     return sequences
 
 
-def _add_text(item: dict, words: int, rng: random.Random) -> None:
-    tokens = [rng.randrange(10, 400) for _ in range(words)]
-    item["input_ids"] += tokens
-    item["labels"] += tokens
+def _add_text(item: dict, words: int, rng: random.Random, tokens: tuple[int, int]) -> None:
+    own = [rng.randrange(*tokens) for _ in range(words)]
+    item["input_ids"] += own
+    item["labels"] += own
 
 
 def collate_padded(own: Bin) -> dict[str, torch.Tensor]:

@@ -11,17 +11,16 @@ writes `benchmarks/results/training_7b.json`.
 """
 
 import argparse
-import random
 import time
 from pathlib import Path
 
 import torch
 from common import RESULTS, record, table, write_json
+from packing import draw_sequences
 
 from nextflow_hf.modeling.configuration_nextflow import NextFlowConfig
 from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from nextflow_hf.training.packing import PackedSequences, SequenceCost, collate_packed
-from nextflow_hf.training.sequences import IGNORED
 
 # Dense bfloat16 products of one card, in 10^12 operations a second, from its data sheet.
 PEAKS = {"H100": 989.4, "H200": 989.4, "A100": 312.0}
@@ -31,33 +30,6 @@ MIXES = {
     "512": {"text": 0.5, 256: 0.1, 512: 0.3, "story": 0.1},
     "1024": {"text": 0.4, 256: 0.1, 512: 0.1, 1024: 0.4},
 }
-
-
-def draw_documents(config: NextFlowConfig, mix: dict, number: int, seed: int) -> list[dict]:
-    """Random documents of a mix; every picture is drawn, so that all its codes are learned."""
-    rng = random.Random(seed)
-    documents = []
-    for kind in rng.choices(list(mix), list(mix.values()), k=number):
-        item = {"input_ids": [], "labels": [], "codes": [], "image_labels": [], "grids": []}
-        for side in {"text": (), "story": (256, 256)}.get(kind, (kind,)):
-            _add_text(item, rng)
-            grids = config.schedule.grids_for_size(side, side)
-            codes = [rng.randrange(config.vq_config.codebook_size) for h, w in grids for _ in range(h * w)]
-            slots = [config.image_token_id] * (len(codes) - 1)
-            item["input_ids"] += [config.boi_token_id, *slots, config.eoi_token_id]
-            item["labels"] += [IGNORED] * (len(codes) + 1)
-            item["codes"].append(codes)
-            item["image_labels"].append(codes)
-            item["grids"].append(grids)
-        _add_text(item, rng)
-        documents.append(item)
-    return documents
-
-
-def _add_text(item: dict, rng: random.Random) -> None:
-    tokens = [rng.randrange(150_000) for _ in range(rng.randint(20, 120))]
-    item["input_ids"] += tokens
-    item["labels"] += tokens
 
 
 def measure(model, optimizer, batches: list[dict], repeats: int) -> float:
@@ -109,7 +81,8 @@ def main() -> None:
 
     rows, results = [], []
     for name, mix in MIXES.items():
-        packed = PackedSequences(draw_documents(config, mix, 300, 0), args.tokens, window=300)
+        documents = draw_sequences(config, 300, 0, mix, tokens=(0, 150_000))
+        packed = PackedSequences(documents, args.tokens, window=300)
         bins = [own for _, own in zip(range(args.batches), packed)]
         batches = [
             {key: own.to("cuda") for key, own in collate_packed([each]).items() if torch.is_tensor(own)}

@@ -18,7 +18,7 @@ from .refining import load_refiner
 from .training.stage_trainer import save_whole
 from .training.train_decoder import processor_for
 
-MAX_BYTES, MAX_REFINER_BYTES = 40 * 10**6, 16 * 10**6
+MAX_BYTES, MAX_REFINER_BYTES = 40 * 10**6, 12 * 10**6
 # What drawing may lose where other scores rise.
 MAX_DRAWING_LOSS = 0.02
 _LOG = "training_log.json"

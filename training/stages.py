@@ -16,14 +16,15 @@ from .train_vq import train_teacher, train_vq
 def run_chain(recipe: Recipe) -> None:
     """Run the recipes that `stage_args.recipes` names, one after another; those whose result is there are skipped.
 
-    The chain's own `trainer` arguments (such as `bf16: true` on an accelerator) go to each of them that has a trainer.
+    The chain's own `trainer` arguments (such as `bf16: true` on an accelerator) go to each of them that has a trainer
+    and does not say otherwise.
 
     Raises:
         ValueError: If one of them is missing or unknown, before the first runs.
     """
     for own in [load_recipe(name) for name in recipe.stage_args["recipes"]]:
         if own.trainer:
-            own.trainer |= recipe.trainer
+            own.trainer = {**recipe.trainer, **own.trainer}
         if not is_done(own):
             run_recipe(own)
 

@@ -405,7 +405,7 @@ def test_the_recipes_run_one_after_another(tmp_path, monkeypatch):
 
 
 def test_a_chain_hands_its_trainer_arguments_on(tmp_path, monkeypatch):
-    """`nextflow-hf train mini-all trainer.bf16=true` is for every recipe of the chain that trains."""
+    """`nextflow-hf train mini-all trainer.bf16=true` is for what trains and says nothing of it."""
     seen = {}
     monkeypatch.setattr(stages, "run_recipe", lambda recipe: seen.update({recipe.output_dir: recipe.trainer}))
     monkeypatch.chdir(tmp_path)
@@ -413,10 +413,12 @@ def test_a_chain_hands_its_trainer_arguments_on(tmp_path, monkeypatch):
         "chain",
         str(tmp_path),
         trainer={"bf16": True},
-        stage_args={"recipes": ["mini-extract-64", "mini-pretrain-64"]},
+        stage_args={"recipes": ["mini-extract-64", "mini-pretrain-64", "mini-grpo"]},
     )
     stages.run_chain(chain)
     assert seen["runs/mini/codes-64"] == {}
+    # What a recipe says itself stands.
+    assert seen["runs/mini/grpo"]["bf16"] is False
     assert seen["runs/mini/pretrain-64"]["bf16"] and seen["runs/mini/pretrain-64"]["max_steps"] > 2
 
 
