@@ -1,30 +1,41 @@
 """Packing against padding: useful tokens per second on a mix of lengths like NextFlow's (section 3.3).
 
-Captions, pictures of three resolutions and interleaved documents train a small decoder of the 7B's schedule. Three ways
+Captions, pictures of three resolutions and interleaved documents train a small decoder of the 7B's schedule. Four ways
 to make batches of one stream are timed on the same sequences, a bin (or a padded batch) at a time:
 
 * padded: batches of a fixed number of sequences, each padded to its longest;
 * length: bins of a fixed number of tokens;
-* compute: bins of a fixed number of floating-point operations.
+* compute: bins of a fixed number of floating-point operations;
+* time: the same, where an operation of attention has the weight at which, on other documents timed before, operations
+  tell the time (`SequenceCost`'s `attention_weight`).
 
 Ranks wait for each other at every step. So the rate with R ranks is that of R bins in turn, each step as long as its
-slowest: computed from the single bins' measured times, no network in it.
+slowest: computed from the single bins' measured times (the least of `--repeats`), no network in it.
 
     python benchmarks/packing.py
 """
 
 import argparse
+import math
 import random
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from common import record, write_json
 from tqdm import tqdm
 
 from nextflow_hf.modeling.configuration_nextflow import NextFlowConfig, NextFlowVQConfig
 from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
-from nextflow_hf.training.packing import Bin, PackedSequences, SequenceCost, collate_packed, tokens_of
+from nextflow_hf.training.packing import (
+    Bin,
+    PackedSequences,
+    SequenceCost,
+    attended_pairs,
+    collate_packed,
+    tokens_of,
+)
 from nextflow_hf.training.sequences import IGNORED, pad_rows, stack_images
 
 # Shares of the documents: half short texts, the rest pictures of 256, 512 and (few) 1024 px, and stories of two.
@@ -120,6 +131,25 @@ def time_step(model, implementation: str, batch: dict) -> float:
     return time.perf_counter() - start
 
 
+def measured_weight(config: NextFlowConfig, model, repeats: int) -> float:
+    """What an operation of attention takes beside any other one, from documents of one kind each."""
+    cost = SequenceCost(config)
+    features, times = [], []
+    for number, kind in ((48, "text"), (6, 256), (2, 512), (1, 1024)):
+        items = draw_sequences(config, number, seed=1, mix={kind: 1.0})
+        row = collate_packed([Bin(tuple(items), 0.0)])
+        seconds = min(time_step(model, "block_varlen", row) for _ in range(repeats + 1))
+        attention = cost.per_pair * sum(
+            attended_pairs(own["input_ids"], own["grids"], config.image_token_id) for own in items
+        )
+        features.append([sum(map(cost, items)) - attention, attention])
+        times.append(seconds)
+    # Relative errors: a row of a long picture counts no more than one of captions.
+    scaled = np.array(features) / np.array(times)[:, None]
+    products, attention = np.linalg.lstsq(scaled, np.ones(len(times)), rcond=None)[0]
+    return float(attention / products)
+
+
 def rate(bins: list[Bin], times: list[float], ranks: int) -> float:
     """Useful tokens per second and rank, when `ranks` bins run side by side and the slowest sets the pace."""
     steps = len(bins) // ranks
@@ -136,6 +166,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/packing.json"))
     args = parser.parse_args()
@@ -144,10 +175,14 @@ def main() -> None:
     config = build_config(args.width, args.layers)
     model = NextFlowForConditionalGeneration(config)
     sequences = draw_sequences(config, args.sequences, seed=0)
-    cost = SequenceCost(config)
     total = sum(map(tokens_of, sequences))
-    # As much compute in a bin as a fixed-length bin holds on average.
-    capacity = max(sum(map(cost, sequences)) * args.tokens / total, 1.02 * max(map(cost, sequences)))
+    weight = measured_weight(config, model, args.repeats)
+    print("weight of attention's operations", round(weight, 3), flush=True)
+
+    def of_equal(cost):
+        # As much in a bin as a fixed-length bin holds on average.
+        capacity = max(sum(map(cost, sequences)) * args.tokens / total, 1.02 * max(map(cost, sequences)))
+        return list(PackedSequences(sequences, capacity, cost, 4 * args.tokens, window=args.sequences))
 
     batches = [
         Bin(tuple(sequences[first : first + args.batch_size]), 0.0)
@@ -156,11 +191,8 @@ def main() -> None:
     ways = {
         "padded": ("sdpa", batches, [collate_padded(own) for own in batches]),
         "length": ("block_varlen", list(PackedSequences(sequences, args.tokens, window=args.sequences)), None),
-        "compute": (
-            "block_varlen",
-            list(PackedSequences(sequences, capacity, cost, 4 * args.tokens, window=args.sequences)),
-            None,
-        ),
+        "compute": ("block_varlen", of_equal(SequenceCost(config)), None),
+        "time": ("block_varlen", of_equal(SequenceCost(config, weight)), None),
     }
     batches_of = {name: own[2] or [collate_packed([each]) for each in own[1]] for name, own in ways.items()}
     for name, (implementation, *_) in ways.items():
@@ -169,9 +201,9 @@ def main() -> None:
     turns = [
         (place / len(own), name, place, batch) for name, own in batches_of.items() for place, batch in enumerate(own)
     ]
-    times_of = {name: [] for name in ways}
-    for _, name, _, batch in tqdm(sorted(turns, key=lambda turn: turn[:3])):
-        times_of[name].append(time_step(model, ways[name][0], batch))
+    times_of = {name: [math.inf] * len(own) for name, own in batches_of.items()}
+    for _, name, place, batch in tqdm(sorted(turns, key=lambda turn: turn[:3]) * args.repeats):
+        times_of[name][place] = min(times_of[name][place], time_step(model, ways[name][0], batch))
     result = {}
     for name, (implementation, bins, _) in ways.items():
         collated, times = batches_of[name], times_of[name]
@@ -194,7 +226,16 @@ def main() -> None:
     }
     print(ratios)
     arguments = {name: str(value) for name, value in vars(args).items()}
-    write_json(args.output, {**record(args.threads), "arguments": arguments, "ways": result, "over_padded": ratios})
+    write_json(
+        args.output,
+        {
+            **record(args.threads),
+            "arguments": arguments,
+            "attention_weight": round(weight, 3),
+            "ways": result,
+            "over_padded": ratios,
+        },
+    )
 
 
 if __name__ == "__main__":

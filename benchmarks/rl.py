@@ -9,7 +9,8 @@ score on validation combinations before and after.
     python benchmarks/rl.py                       # runs what is missing, then writes the table and the plot
     python benchmarks/rl.py --only vanilla "1/4"
 
-Every run ends in `benchmarks/results/rl.json` at once, so a killed command goes on where it was.
+Every run ends in `benchmarks/results/rl.json` at once, so a killed command goes on where it was, with the same weights
+wherever they lie.
 """
 
 import argparse
@@ -22,7 +23,8 @@ import torch
 from common import RESULTS, record, save_figure, table, write_json
 from datasets import Dataset
 
-from nextflow_hf.evaluation import score_drawing
+from nextflow_hf import BUNDLED
+from nextflow_hf.evaluation import score_drawing, weights_hash
 from nextflow_hf.inference import load
 from nextflow_hf.scenes import ScenePrompts, scene_reward
 from nextflow_hf.training.grpo import NextFlowGRPOConfig, NextFlowGRPOTrainer
@@ -136,21 +138,24 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "rl.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    effort = {
-        name: getattr(args, name)
-        for name in ("steps", "batch", "learning_rate", "temperature", "measured", "checkpoint")
-    }
+    effort = {name: getattr(args, name) for name in ("steps", "batch", "learning_rate", "temperature", "measured")}
+    effort["weights_sha256"] = weights_hash(BUNDLED.get(args.checkpoint, args.checkpoint))
     result = json.loads(args.output.read_text()) if args.output.is_file() else {}
     if result and result["effort"] != effort:
         parser.error(f"{args.output} holds runs of another effort, {result['effort']}; name another --output")
-    result = {"effort": effort, "runs": {}, **result, **record(args.threads)}
+    own_record = record(args.threads)
+    result = {"effort": effort, "runs": {}, **result, **own_record}
     if "before" not in result:
         result["before"] = drawing(*load(args.checkpoint), args)
     for seed in range(args.seeds):
         for name in args.only:
             key = f"{name} seed {seed}"
             if key not in result["runs"]:
-                result["runs"][key] = run(VARIANTS[name], seed, args)
+                result["runs"][key] = {
+                    **run(VARIANTS[name], seed, args),
+                    "processor": own_record["machine"]["processor"],
+                    "torch": torch.__version__,
+                }
                 write_json(args.output, result)
                 print(f"{key}: {result['runs'][key]}", flush=True)
     text = summary(result)

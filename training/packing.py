@@ -42,9 +42,18 @@ class SequenceCost:
 
     Args:
         config: The decoder's configuration.
+        attention_weight: What an operation of attention counts beside one of the matrix products. 1 counts what the
+            paper counts. Where attention's kernels run at another rate than all the rest, bins of equal operations take
+            unequal time, and the weight at which they take the same balances ranks better; `benchmarks/packing.py`
+            measures it.
+
+    Raises:
+        ValueError: If the weight is not positive.
     """
 
-    def __init__(self, config: NextFlowConfig):
+    def __init__(self, config: NextFlowConfig, attention_weight: float = 1.0):
+        if not attention_weight > 0:
+            raise ValueError(f"`attention_weight` must be positive, got {attention_weight}.")
         text = config.text_config
         head_dim = text.hidden_size // text.num_attention_heads
         kv_width = text.num_key_value_heads * head_dim
@@ -52,7 +61,7 @@ class SequenceCost:
             text.intermediate_size
         )
         self.per_token = 2 * text.num_hidden_layers * projections
-        self.per_pair = 4 * text.num_hidden_layers * text.hidden_size
+        self.per_pair = 4 * text.num_hidden_layers * text.hidden_size * attention_weight
         self.per_label = 2 * text.hidden_size * text.vocab_size
         self.image_token_id = config.image_token_id
 

@@ -28,6 +28,7 @@ from .stage_trainer import PictureCallback, run_stage, save_whole
 from .vocabulary import with_vocabulary
 
 _DTYPES = ("auto", "float32", "bfloat16")
+_PACKING_UNITS = ("flops", "tokens")
 
 
 class DrawAndReadDataset(Dataset):
@@ -137,7 +138,7 @@ def train_decoder(recipe: Recipe) -> None:
       lists as trained; all that its data have where it is missing);
     * samples on the way: `sample_prompts`, `sample_every`, `image_size` (not where weights are sharded);
     * for `data`: `sequences` (how many, before they come again), `task_inversion`, and `packing` (`unit`: "tokens" or
-      "flops", `capacity`, `max_tokens`, `window`);
+      "flops", `attention_weight`, `capacity`, `max_tokens`, `window`);
     * for a `source`: `codes` (file of extracted codes), `read_share`, `epochs`.
 
     Raises:
@@ -374,10 +375,14 @@ def _mixed_data(recipe: Recipe, builder: SequenceBuilder, documents: list[CodedD
     if not packing:
         return sequences, builder.collate
     unit = packing.pop("unit", "flops")
-    sizes = {"tokens": tokens_of, "flops": SequenceCost(builder.config)}
-    if unit not in sizes:
-        raise ValueError(f"The `unit` of packing is one of {sorted(sizes)}, got {unit!r}.")
-    return PackedSequences(sequences, size_of=sizes[unit], **packing), collate_packed
+    if unit not in _PACKING_UNITS:
+        raise ValueError(f"The `unit` of packing is one of {_PACKING_UNITS}, got {unit!r}.")
+    if unit == "tokens" and "attention_weight" in packing:
+        raise ValueError("Bins of equal length know no `attention_weight`; leave it out, or pack by `unit: flops`.")
+    size_of = tokens_of
+    if unit == "flops":
+        size_of = SequenceCost(builder.config, packing.pop("attention_weight", 1.0))
+    return PackedSequences(sequences, size_of=size_of, **packing), collate_packed
 
 
 def _save(model, tokenizer, folder: Path) -> None:

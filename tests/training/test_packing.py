@@ -132,6 +132,16 @@ def test_the_cost_of_the_7b():
     assert caption == pytest.approx(100 * cost.per_token, rel=0.01)
 
 
+def test_attention_weighs_what_it_is_given():
+    config = NextFlowConfig.from_preset("nextflow-mini")
+    item = {**text_of(100), "labels": [-100] * 100}
+    plain, half = SequenceCost(config), SequenceCost(config, attention_weight=0.5)
+    attention = plain(item) - 100 * plain.per_token
+    assert half(item) == pytest.approx(100 * plain.per_token + attention / 2)
+    with pytest.raises(ValueError, match="must be positive, got 0"):
+        SequenceCost(config, attention_weight=0)
+
+
 def test_a_row_of_text_alone_has_gradients_of_zero_for_the_rest_where_there_are_other_processes(monkeypatch, builder):
     """Which would wait for them."""
     model = nextflow_hf.NextFlowForConditionalGeneration(builder.config).train()

@@ -649,6 +649,19 @@ def test_the_decoder_trains_on_packed_documents_of_extracted_datasets(train_on_c
     assert isinstance(processor, NextFlowProcessor) and processor.image_processor.resolution == 32
 
 
+@pytest.mark.parametrize(
+    "packing, message",
+    [
+        ({"unit": "seconds", "capacity": 10}, "The `unit` of packing is one of"),
+        ({"unit": "tokens", "capacity": 10, "attention_weight": 0.5}, "equal length know no `attention_weight`"),
+        ({"unit": "flops", "capacity": 10, "attention_weight": -1}, "`attention_weight` must be positive"),
+    ],
+)
+def test_a_packing_that_cannot_be_is_refused(train_on_codes, packing, message):
+    with pytest.raises(ValueError, match=message):
+        train_on_codes("refused", 1, packing=packing)
+
+
 def test_the_size_of_the_recipe_comes_first(train_on_codes, monkeypatch):
     sizes = [[16, 48], [32, 32], [48, 16]]
     monkeypatch.setattr(
