@@ -699,7 +699,7 @@ class NextScaleGenerationMixin(GenerationMixin):
         image_top_p: float | Sequence[float] | None = None,
         **text_kwargs,
     ) -> NextFlowInterleavedOutput:
-        """Text until `<boi>`, a picture, `<eoi>`, and so on, each prompt on its own.
+        """Text until `<boi>`, a picture, `<eoi>`, and so on: the first text of all prompts at once, then each on its own.
 
         A prompt ends with the end-of-turn token, with its `max_new_tokens`-th text token, or when `<boi>` comes after
         `max_images` pictures.
@@ -713,23 +713,27 @@ class NextScaleGenerationMixin(GenerationMixin):
             context_grids = read_grids(image_grids) if image_grids is not None else []
         seeds = _row_seeds(seed, len(input_ids))
         spans = find_images(input_ids, context_grids, self.config)
+        context_codes = [] if image_codes is None else [own[own >= 0] for own in image_codes]
+        text_kwargs.update(
+            eos_token_id=[*_as_list(self.generation_config.eos_token_id), self.config.boi_token_id],
+            logits_processor=LogitsProcessorList([_TextVocabulary(self.config, images=True)]),
+        )
+        first_texts = super().generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            **_image_inputs(context_codes, context_grids),
+            max_new_tokens=max_new_tokens,
+            **text_kwargs,
+        )[:, input_ids.shape[1] :]
         output = NextFlowInterleavedOutput(segments=[], codes=[])
         for row in range(len(input_ids)):
             own = [index for index, span in enumerate(spans) if span.row == row]
             ids = input_ids[row][attention_mask[row] > 0][None]
-            codes = [image_codes[index][image_codes[index] >= 0] for index in own]
-            grids = [context_grids[index] for index in own]
+            codes, grids = [context_codes[index] for index in own], [context_grids[index] for index in own]
             segments, drawn = [], []
             budget, images = max_new_tokens, _image_inputs(codes, grids)
-            while budget > 0:
-                generated = super().generate(
-                    input_ids=ids,
-                    **images,
-                    max_new_tokens=budget,
-                    eos_token_id=[*_as_list(self.generation_config.eos_token_id), self.config.boi_token_id],
-                    logits_processor=LogitsProcessorList([_TextVocabulary(self.config, images=True)]),
-                    **text_kwargs,
-                )[0, ids.shape[1] :]
+            generated = _until_end(first_texts[row], text_kwargs["eos_token_id"], self.generation_config.pad_token_id)
+            while True:
                 budget -= len(generated)
                 wants_image = len(generated) > 0 and int(generated[-1]) == self.config.boi_token_id
                 text = generated[:-1] if wants_image else generated
@@ -757,6 +761,11 @@ class NextScaleGenerationMixin(GenerationMixin):
                 slots = sum(height * width for height, width in blocks)
                 closing = [self.config.image_token_id] * slots + [self.config.eoi_token_id]
                 ids = torch.cat([ids, ids.new_tensor([closing])], dim=1)
+                if budget == 0:
+                    break
+                generated = super().generate(input_ids=ids, **images, max_new_tokens=budget, **text_kwargs)[
+                    0, ids.shape[1] :
+                ]
             output.segments.append(segments)
             output.codes.append(drawn)
         return output
@@ -913,6 +922,17 @@ def _stack_left(prompts, pad_id: int) -> tuple[torch.LongTensor, torch.LongTenso
     ids = [nn.functional.pad(ids, (length - ids.shape[1], 0), value=pad_id) for ids, _ in prompts]
     masks = [nn.functional.pad(mask, (length - mask.shape[1], 0)) for _, mask in prompts]
     return torch.cat(ids), torch.cat(masks)
+
+
+def _until_end(text: torch.LongTensor, ends: list[int], pad: int | None) -> torch.LongTensor:
+    """A row of a batch up to the first of some tokens, or without what fills it up where other rows went on longer."""
+    is_end = torch.isin(text, text.new_tensor(ends))
+    if is_end.any():
+        return text[: int(is_end.int().argmax()) + 1]
+    length = len(text)
+    while length and int(text[length - 1]) == pad:
+        length -= 1
+    return text[:length]
 
 
 def _image_inputs(codes: list[torch.LongTensor], grids: list[tuple[Grid, ...]]) -> dict[str, torch.Tensor]:

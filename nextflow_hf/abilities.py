@@ -8,14 +8,14 @@ the tests.
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 
-from .inference import answer, assistant, draw, tell, user
+from .inference import answer, assistant, draw, tell, think, user
 from .intervals import interval
 from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from .processing.processing_nextflow import NextFlowProcessor
@@ -33,6 +33,7 @@ from .scenes.stories import draw_story
 from .scenes.tasks import COMPARE_QUESTION, EXAMPLE_PROMPT, NOTHING, ask_for_subject, draw_reference
 from .training.rewards import letters_right
 
+AFTER_A_THOUGHT = ", after a thought"
 # Shares of scenes with one object, with some alike, with two that differ, with more that differ.
 _FAMILIES = (0.2, 0.1, 0.5, 0.2)
 
@@ -100,6 +101,17 @@ class Tested:
         """The words that answer conversations."""
         return answer(self.model, self.processor, conversations, resolution=self.resolution)
 
+    def think(self, conversations: Sequence[list[dict]]) -> list[str]:
+        """The thoughts before the answers to conversations."""
+        return think(self.model, self.processor, conversations, resolution=self.resolution)
+
+    def ways(self, conversations: Sequence[list[dict]]) -> Iterator[tuple[str, list[list[dict]]]]:
+        """Ends of a score's name, and the conversations to go on with: as they are, and after a thought where the
+        checkpoint thinks."""
+        yield "", list(conversations)
+        if can(self.model, "interleaved"):
+            yield AFTER_A_THOUGHT, _begun(conversations, self.think(conversations))
+
 
 # ---- seeing ----------------------------------------------------------------------------------------------------------
 
@@ -113,17 +125,20 @@ def score_questions(tested: Tested) -> dict:
         while (own := ask(scene, rng, kind)) is None:
             scene = sample_scene(rng, tested.split, tested.lattice, "placed", _FAMILIES)
         questions.append((own, tested.picture(scene)))
-    answers = tested.answer([[user(picture, own.text)] for own, picture in questions])
-    right = np.array([own.answer == said.strip() for (own, _), said in zip(questions, answers)], float)
     kinds = np.array([own.kind for own, _ in questions])
     likeliest = sum(
         Counter(own.answer for own, _ in questions if own.kind == kind).most_common(1)[0][1] for kind in set(kinds)
     )
-    return {
-        "questions": interval(right),
-        "questions: by the likeliest answer of each kind": round(likeliest / len(questions), 4),
-        **{f"questions: {kind}": interval(right[kinds == kind]) for kind in QUESTION_KINDS if (kinds == kind).any()},
-    }
+    result = {}
+    for way, conversations in tested.ways([[user(picture, own.text)] for own, picture in questions]):
+        answers = tested.answer(conversations)
+        right = np.array([own.answer == said.strip() for (own, _), said in zip(questions, answers)], float)
+        result[f"questions{way}"] = interval(right)
+        for kind in QUESTION_KINDS:
+            if (kinds == kind).any():
+                result[f"questions: {kind}{way}"] = interval(right[kinds == kind])
+    result["questions: by the likeliest answer of each kind"] = round(likeliest / len(questions), 4)
+    return result
 
 
 def score_comparison(tested: Tested) -> dict:
@@ -134,8 +149,11 @@ def score_comparison(tested: Tested) -> dict:
         is_same = number % 8 == 7
         pairs.append((own.before, own.before if is_same else own.after))
         wanted.append(NOTHING if is_same else own.change)
-    answers = tested.answer([[user(*map(tested.picture, pair), COMPARE_QUESTION)] for pair in pairs])
-    return {"comparison": interval([right == said.strip() for right, said in zip(wanted, answers)])}
+    result = {}
+    for way, conversations in tested.ways([[user(*map(tested.picture, pair), COMPARE_QUESTION)] for pair in pairs]):
+        answers = tested.answer(conversations)
+        result[f"comparison{way}"] = interval([right == said.strip() for right, said in zip(wanted, answers)])
+    return result
 
 
 # ---- editing ---------------------------------------------------------------------------------------------------------
@@ -144,11 +162,14 @@ def score_comparison(tested: Tested) -> dict:
 def score_edits(tested: Tested) -> dict:
     """Single edits: whether what was to change did, whether the rest was kept, and both with nothing else there."""
     edits = _edits(tested)
-    pictures = tested.draw([[user(tested.picture(own.before), own.text)] for own in edits])
     referee = Referee(tested.lattice)
-    verdicts = np.array([judge_edit(own, referee.look(picture)) for own, picture in zip(edits, pictures)], float)
-    names = ("followed", "kept", "exact")
-    return {f"edits: {name}": interval(verdicts[:, place]) for place, name in enumerate(names)}
+    result = {}
+    for way, conversations in tested.ways([[user(tested.picture(own.before), own.text)] for own in edits]):
+        pictures = tested.draw(conversations)
+        verdicts = np.array([judge_edit(own, referee.look(picture)) for own, picture in zip(edits, pictures)], float)
+        for place, name in enumerate(("followed", "kept", "exact")):
+            result[f"edits: {name}{way}"] = interval(verdicts[:, place])
+    return result
 
 
 def judge_edit(edit: Edit, reading: Reading) -> tuple[bool, bool, bool]:
@@ -167,22 +188,26 @@ def judge_edit(edit: Edit, reading: Reading) -> tuple[bool, bool, bool]:
 
 def score_conversations(tested: Tested, turns: int = 3) -> dict:
     """Several edits in one conversation, each of the picture that the model drew before: the last is exactly right."""
-    conversations, wanted = [], []
+    wanted = []
     for scene, rng in tested.scenes():
         edits: list[Edit] = []
         # The last may not undo what the others did.
         while len(edits) < turns or is_trained(edits[-1].after) or same_picture(edits[-1].after, scene):
             edits = draw_edits(scene, rng, turns, trained=False)
-        conversations.append([user(tested.picture(scene), edits[0].text)])
         wanted.append(edits)
-    for turn in range(turns):
-        pictures = tested.draw(conversations)
-        if turn + 1 < turns:
-            for own, picture, edits in zip(conversations, pictures, wanted):
-                own += [assistant(picture), user(edits[turn + 1].text)]
     referee = Referee(tested.lattice)
-    right = [shows(referee.look(picture), edits[-1].after) for picture, edits in zip(pictures, wanted)]
-    return {f"{turns} edits in a row": interval(right)}
+    result = {}
+    for thinks in (False, True) if can(tested.model, "interleaved") else (False,):
+        conversations = [[user(tested.picture(edits[0].before), edits[0].text)] for edits in wanted]
+        for turn in range(turns):
+            thoughts = tested.think(conversations) if thinks else [None] * len(conversations)
+            pictures = tested.draw(_begun(conversations, thoughts))
+            if turn + 1 < turns:
+                for talk, thought, picture, edits in zip(conversations, thoughts, pictures, wanted):
+                    talk += [assistant(*filter(None, [thought]), picture), user(edits[turn + 1].text)]
+        right = [shows(referee.look(picture), edits[-1].after) for picture, edits in zip(pictures, wanted)]
+        result[f"{turns} edits in a row{AFTER_A_THOUGHT if thinks else ''}"] = interval(right)
+    return result
 
 
 def score_masks(tested: Tested) -> dict:
@@ -243,8 +268,9 @@ def score_examples(tested: Tested, examples: int = 2) -> dict:
     referee = Referee(tested.lattice)
     result = {}
     for name, conversations in (("in-context edits", with_examples), ("in-context edits, no examples", without)):
-        pictures = tested.draw(conversations)
-        result[name] = interval([shows(referee.look(own), scene) for own, scene in zip(pictures, wanted)])
+        for way, asked in tested.ways(conversations):
+            pictures = tested.draw(asked)
+            result[name + way] = interval([shows(referee.look(own), scene) for own, scene in zip(pictures, wanted)])
     return result
 
 
@@ -260,8 +286,11 @@ def score_subjects(tested: Tested) -> dict:
         conversations.append([user(tested.picture(draw_reference(scene, rng)), ask_for_subject(scene))])
         wanted.append(scene)
     referee = Referee(tested.lattice)
-    pictures = tested.draw(conversations)
-    return {"subject-driven": interval([shows(referee.look(own), one) for own, one in zip(pictures, wanted)])}
+    result = {}
+    for way, asked in tested.ways(conversations):
+        pictures = tested.draw(asked)
+        result[f"subject-driven{way}"] = interval([shows(referee.look(own), one) for own, one in zip(pictures, wanted)])
+    return result
 
 
 # ---- thinking and telling --------------------------------------------------------------------------------------------
@@ -273,22 +302,10 @@ def score_thinking(tested: Tested) -> dict:
     conversations = [[user(own.text)] for own in riddles]
     referee = Referee(tested.lattice)
     at_once = tested.draw(conversations)
-    told = tell(
-        tested.model,
-        tested.processor,
-        conversations,
-        [tested.seed + index for index in range(tested.number)],
-        enable_thinking=True,
-        image_size=tested.size,
-        max_images=1,
-        max_new_tokens=80,
-    )
-    thought = [next((part for part in parts if isinstance(part, Image.Image)), None) for parts in told]
+    thought = tested.draw(_begun(conversations, tested.think(conversations)))
     right = {
         "riddles, drawn at once": [referee.judge(own, riddle.facts).passed for own, riddle in zip(at_once, riddles)],
-        "riddles, after a thought": [
-            own is not None and referee.judge(own, riddle.facts).passed for own, riddle in zip(thought, riddles)
-        ],
+        "riddles, after a thought": [referee.judge(own, riddle.facts).passed for own, riddle in zip(thought, riddles)],
     }
     return {name: interval(own) for name, own in right.items()}
 
@@ -415,6 +432,11 @@ def _shown(seen: Reading | Scene) -> frozenset:
 
 def _objects(objects) -> frozenset:
     return frozenset((own.shape, own.color, own.size, tuple(own.cell)) for own in objects)
+
+
+def _begun(conversations: Sequence[list[dict]], thoughts: Sequence[str | None]) -> list[list[dict]]:
+    """Conversations whose answer begins with a thought, where there is one."""
+    return [[*talk, assistant(own)] if own else list(talk) for talk, own in zip(conversations, thoughts)]
 
 
 def _edits(tested: Tested) -> list[Edit]:

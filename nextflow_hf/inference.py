@@ -14,7 +14,7 @@ from . import BUNDLED
 from .modeling.generation_nextflow import NextFlowImageOutput
 from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from .processing.image_processing_base_nextflow import to_rgb
-from .processing.processing_nextflow import THINK_OPENING, NextFlowProcessor
+from .processing.processing_nextflow import THINK_CLOSING, THINK_OPENING, NextFlowProcessor
 from .scenes import QUESTION
 
 Conversation = list[dict]
@@ -53,21 +53,29 @@ def prepare(
     resolution: int | None = None,
     **template,
 ) -> BatchFeature:
-    """Tensors of conversations that await an answer.
+    """Tensors of conversations that await an answer, or, where an assistant's words end them, the rest of one.
 
     Args:
         processor: The checkpoint's processor.
         conversations: Turns as chat templates know them.
         resolution: Level at which the model looks at pictures, as the side of a square one; the processor's by default.
         template: What the chat template knows, such as `enable_thinking`.
+
+    Raises:
+        ValueError: If some conversations end with an assistant's turn, and others do not.
     """
+    endings = {conversation[-1]["role"] == "assistant" for conversation in conversations}
+    if len(endings) > 1:
+        raise ValueError("Either all conversations or none may end with an assistant's turn, which then goes on.")
+    goes_on = endings == {True}
     images = {} if resolution is None else {"processor_kwargs": {"images_kwargs": {"resolution": resolution}}}
     return processor.apply_chat_template(
         list(conversations),
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        add_generation_prompt=True,
+        add_generation_prompt=not goes_on,
+        continue_final_message=goes_on,
         **images,
         **template,
     )
@@ -114,6 +122,38 @@ def answer(
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return answers
+
+
+def think(
+    model: NextFlowForConditionalGeneration,
+    processor: NextFlowProcessor,
+    conversations: Sequence[Conversation],
+    batch_size: int = 64,
+    resolution: int | None = None,
+    max_new_tokens: int = 160,
+) -> list[str]:
+    """The model's likeliest thought before it answers each conversation, with its opening and closing tags.
+
+    Conversations that end with `assistant(thought)` are gone on with by [`draw`] and [`answer`]. A thought without an
+    end after `max_new_tokens` is closed there.
+    """
+    closing = THINK_CLOSING.strip()
+    thoughts = []
+    for first in tqdm(range(0, len(conversations), batch_size), desc="think"):
+        chosen = conversations[first : first + batch_size]
+        inputs = prepare(processor, chosen, resolution, enable_thinking=True).to(model.device)
+        output = model.generate(
+            **inputs,
+            generation_mode="interleaved",
+            max_images=0,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            stop_strings=[closing],
+            tokenizer=processor.tokenizer,
+        )
+        said = [processor.decode(torch.cat(own), skip_special_tokens=True) if own else "" for own in output.segments]
+        thoughts += [f"{THINK_OPENING}{text.partition(closing)[0].strip()}\n{THINK_CLOSING}" for text in said]
+    return thoughts
 
 
 def tell(

@@ -15,6 +15,7 @@ _CONTEXT_IMAGES = ("scales", "scales+final", "final")
 # Qwen2.5's ChatML without a default system prompt, and Qwen3's switch for thinking, off where it is not named. Every
 # picture, drawn or given, stands between its own two tokens.
 THINK_OPENING = "<think>\n"
+THINK_CLOSING = "</think>\n"
 CHAT_TEMPLATE = """\
 {%- macro render(content) -%}
 {%- if content is string -%}{{ content }}

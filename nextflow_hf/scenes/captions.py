@@ -150,10 +150,11 @@ def caption_with_places(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def tell_all(scene: Scene) -> str:
-    """Words for everything about a scene: sizes, colours, the places that have names, the background."""
+    """Words for everything about a scene: objects in reading order, sizes, colours, the places that have names, the
+    background."""
     groups = tuple(
         Group(1, own.shape, own.color, own.size, named_cells(own.size, scene.lattice).get(own.cell))
-        for own in scene.objects
+        for own in sorted(scene.objects, key=lambda own: own.center)
     )
     return words_of(Facts(groups, None, scene.background))
 

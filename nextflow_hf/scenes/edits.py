@@ -232,6 +232,14 @@ class Rule:
     kind: str
     value: str | None = None
 
+    @property
+    def words(self) -> str:
+        """The rule, told: "everything becomes red"."""
+        if self.kind == "mirror":
+            return "left and right change sides"
+        what = "the background" if self.kind == "background" else "everything"
+        return f"{what} becomes {phrase(Group(1, self.value)) if self.kind == 'shape' else self.value}"
+
     def __call__(self, scene: Scene) -> Scene:
         """The changed scene."""
         if self.kind == "background":

@@ -1,6 +1,8 @@
 """Conversations about scenes: records for extraction and training, one task after another.
 
-Every record is of kind `messages` (`docs/data.md`), so that one dataset class serves all tasks.
+Every record is of kind `messages` (`docs/data.md`), so that one dataset class serves all tasks. Where pictures are
+given, `thinks` is the share of records that first think: they write down all that there is to see, or is to be drawn,
+and then answer or draw.
 """
 
 from collections.abc import Callable
@@ -9,7 +11,8 @@ from inspect import signature
 
 import numpy as np
 
-from .captions import Group, caption, caption_with_places, describe, phrase
+from ..processing.processing_nextflow import THINK_CLOSING, THINK_OPENING
+from .captions import Group, caption, caption_with_places, describe, phrase, tell_all
 from .edits import draw_edit, draw_edits, draw_rule, same_picture
 from .questions import ask_several
 from .riddles import draw_riddle
@@ -101,9 +104,14 @@ def _draw(rng, scene, size, wordings: int = 6, places: bool = True):
     return [user([tell(own, rng) for _ in range(wordings)]), assistant(IMAGE)], [render(own, size)]
 
 
-def _ask(rng, scene, size, questions: int = 5, describes: float = 0.5):
-    """A picture, and questions about it in turn; a share of them begins with its description."""
+def _ask(rng, scene, size, questions: int = 5, describes: float = 0.5, thinks: float = 0.0):
+    """A picture, and questions about it in turn; a share of them begins with its description. Or one and a thought."""
     own = scene()
+    if _chosen(rng, thinks):
+        one = next(iter(ask_several(own, rng, 1)), None)
+        if one is None:
+            return None
+        return [user(IMAGE, one.text), assistant(thought_turn(tell_all(own)) + one.answer)], [render(own, size)]
     asked = [(one.text, one.answer) for one in ask_several(own, rng, questions)]
     if rng.random() < describes:
         asked.insert(0, (QUESTION, describe(own)))
@@ -113,26 +121,30 @@ def _ask(rng, scene, size, questions: int = 5, describes: float = 0.5):
     return messages, [render(own, size)]
 
 
-def _edit(rng, scene, size):
+def _edit(rng, scene, size, thinks: float = 0.0):
     """A picture and an instruction; the changed picture."""
     own = draw_edit(scene(), rng)
     if own is None:
         return None
-    return [user(IMAGE, own.text), assistant(IMAGE)], [render(own.before, size), render(own.after, size)]
+    thought = _thought_of(own.after) if _chosen(rng, thinks) else ()
+    return [user(IMAGE, own.text), assistant(*thought, IMAGE)], [render(own.before, size), render(own.after, size)]
 
 
-def _edit_turns(rng, scene, size, turns: int = 3):
+def _edit_turns(rng, scene, size, turns: int = 3, thinks: float = 0.0):
     """A conversation of several edits, of which the last is learned; what came before is looked at."""
     own = draw_edits(scene(), rng, int(rng.integers(2, turns + 1)))
     if len(own) < 2:
         return None
-    messages = [user(IMAGE, own[0].text), assistant(IMAGE, weight=0)]
-    for number, edit in enumerate(own[1:], 2):
-        messages += [user(edit.text), assistant(IMAGE, **({} if number == len(own) else {"weight": 0}))]
+    does_think = _chosen(rng, thinks)
+    messages = []
+    for number, edit in enumerate(own, 1):
+        thought = _thought_of(edit.after) if does_think else ()
+        weight = {} if number == len(own) else {"weight": 0}
+        messages += [user(*([] if messages else [IMAGE]), edit.text), assistant(*thought, IMAGE, **weight)]
     return messages, [render(own[0].before, size), *(render(edit.after, size) for edit in own)]
 
 
-def _compare(rng, scene, size):
+def _compare(rng, scene, size, thinks: float = 0.0):
     """Two pictures, and what is different."""
     own = draw_edit(scene(), rng)
     if own is None:
@@ -140,10 +152,12 @@ def _compare(rng, scene, size):
     same = rng.random() < 0.15
     after = own.before if same else own.after
     answer = NOTHING if same else own.change
+    if _chosen(rng, thinks):
+        answer = thought_turn(f"first {tell_all(own.before)}. then {tell_all(after)}") + answer
     return [user(IMAGE, IMAGE, COMPARE_QUESTION), assistant(answer)], [render(own.before, size), render(after, size)]
 
 
-def _in_context(rng, scene, size, examples: int = 2):
+def _in_context(rng, scene, size, examples: int = 2, thinks: float = 0.0):
     """Pairs of pictures that show a rule, and a picture to apply it to."""
     rule = draw_rule(rng)
     befores = [scene() for _ in range(examples + 1)]
@@ -152,10 +166,11 @@ def _in_context(rng, scene, size, examples: int = 2):
     if not all(map(is_trained, afters)) or any(map(same_picture, befores, afters)):
         return None
     pairs = [render(own, size) for pair in zip(befores, afters) for own in pair]
-    return [user(*[IMAGE] * (2 * examples + 1), EXAMPLE_PROMPT), assistant(IMAGE)], pairs
+    thought = _thought_of(afters[-1], rule.words) if _chosen(rng, thinks) else ()
+    return [user(*[IMAGE] * (2 * examples + 1), EXAMPLE_PROMPT), assistant(*thought, IMAGE)], pairs
 
 
-def _subject(rng, scene, size):
+def _subject(rng, scene, size, thinks: float = 0.0):
     """A picture of one object; the same object in a new setting."""
     own = scene()
     places = _places(own)
@@ -165,8 +180,9 @@ def _subject(rng, scene, size):
     reference = draw_reference(own, rng)
     if not is_trained(reference):
         return None
-    text = ask_for_subject(own)
-    return [user(IMAGE, text), assistant(IMAGE)], [render(reference, size), render(own, size)]
+    thought = _thought_of(own) if _chosen(rng, thinks) else ()
+    messages = [user(IMAGE, ask_for_subject(own)), assistant(*thought, IMAGE)]
+    return messages, [render(reference, size), render(own, size)]
 
 
 def draw_reference(scene: Scene, rng: np.random.Generator) -> Scene:
@@ -206,7 +222,17 @@ def _think(rng, scene, size, thinks: float = 0.75):
 
 def thought_turn(thought: str) -> str:
     """How an assistant's turn shows a thought before its answer (Qwen's form)."""
-    return f"<think>\n{thought}\n</think>\n"
+    return f"{THINK_OPENING}{thought}\n{THINK_CLOSING}"
+
+
+def _chosen(rng: np.random.Generator, share: float) -> bool:
+    """True for a share; with none, the randomness stays as it is."""
+    return share > 0 and rng.random() < share
+
+
+def _thought_of(scene: Scene, *steps: str) -> tuple[str]:
+    """A thought before a picture: steps, and the whole prompt that they come to."""
+    return (thought_turn(". ".join([*steps, f"so {tell_all(scene)}"])),)
 
 
 def _story(rng, scene, size, frames: int = 5, kind: str = "story"):

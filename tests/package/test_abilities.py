@@ -13,11 +13,12 @@ from nextflow_hf.scenes.sampling import is_trained, orderly_scene
 from nextflow_hf.scenes.signs import words_of_sign
 from nextflow_hf.scenes.stories import THE_END, draw_story
 
+EMPTY_THOUGHT = "<think>\n</think>\n"
 CONFIG = SimpleNamespace(abilities=None, schedule=SimpleNamespace(downsample=8))
 
 
 class Copying(abilities.Tested):
-    """Draws the last picture that it was shown, and answers with the last words that were said."""
+    """Draws the last picture that it was shown, and answers with the last words that were said; thinks nothing."""
 
     def draw(self, conversations, **sampling):
         return [
@@ -28,6 +29,9 @@ class Copying(abilities.Tested):
     def answer(self, conversations):
         return [own[-1]["content"][-1]["text"] for own in conversations]
 
+    def think(self, conversations):
+        return [EMPTY_THOUGHT] * len(conversations)
+
 
 class Told(abilities.Tested):
     """Draws and says what the test holds in store for it."""
@@ -37,7 +41,18 @@ class Told(abilities.Tested):
     def draw(self, conversations, **sampling):
         return self.answers
 
+    def think(self, conversations):
+        return [EMPTY_THOUGHT] * len(conversations)
+
     answer = draw
+
+
+class Thinking(Told):
+    """Draws rightly after a thought, and in the wrong order at once."""
+
+    def draw(self, conversations, **sampling):
+        assert all(own[-1]["content"][0]["text"] == EMPTY_THOUGHT for own in conversations if len(own) % 2 == 0)
+        return self.answers if len(conversations[0]) % 2 == 0 else self.answers[::-1]
 
 
 def build(kind, number=28):
@@ -57,7 +72,8 @@ def build(kind, number=28):
 )
 def test_who_copies_gets_nothing(score, names):
     result = score(build(Copying))
-    assert [result[name]["score"] for name in names] == [0.0] * len(names)
+    for end in ("", abilities.AFTER_A_THOUGHT):
+        assert [result[name + end]["score"] for name in names] == [0.0] * len(names)
 
 
 def test_who_edits_and_compares_rightly_gets_everything():
@@ -78,20 +94,29 @@ def test_an_unreadable_picture_follows_no_removal():
     assert abilities.judge_edit(edit, Referee().look(noise)) == (False, False, False)
 
 
-def test_thoughts_are_scored_by_their_pictures(monkeypatch):
-    own = build(Told, 6)
+def test_what_is_drawn_after_a_thought_is_scored_beside_what_is_drawn_at_once():
+    own = build(Thinking, 6)
     right = []
     for index in range(6):
         rng = own.rng(index)
         riddle = draw_riddle(rng, "test")
         right.append(own.picture(orderly_scene(riddle.facts, rng)))
-    object.__setattr__(own, "answers", right[::-1])
-    # Two of the thoughts end without a picture.
-    told = [["<think>\n", picture] for picture in right[:4]] + [["<think>\n"]] * 2
-    monkeypatch.setattr(abilities, "tell", lambda *args, **kwargs: told)
+    object.__setattr__(own, "answers", right)
     result = abilities.score_thinking(own)
-    assert result["riddles, after a thought"]["score"] == pytest.approx(4 / 6, abs=1e-3)
+    assert result["riddles, after a thought"]["score"] == 1
     assert result["riddles, drawn at once"]["score"] < 0.5
+
+
+@pytest.mark.parametrize("score", [abilities.score_edits, abilities.score_conversations])
+def test_edits_are_scored_with_thoughts_where_a_checkpoint_thinks(monkeypatch, score):
+    own = build(Thinking)
+    object.__setattr__(own, "answers", [own.picture(edit.after) for edit in abilities._edits(own)])
+    names = score(own)
+    assert any(name.endswith(abilities.AFTER_A_THOUGHT) for name in names)
+    if "edits: exact" in names:
+        assert names["edits: exact, after a thought"]["score"] == 1 > names["edits: exact"]["score"]
+    own.model.config = SimpleNamespace(**{**vars(CONFIG), "abilities": ["image", "edit"]})
+    assert not any(name.endswith(abilities.AFTER_A_THOUGHT) for name in score(own))
 
 
 def test_stories_are_scored_by_what_they_tell(monkeypatch):

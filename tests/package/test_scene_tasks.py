@@ -18,6 +18,7 @@ from nextflow_hf.scenes import (
     answer_reward,
     draw_sign,
     facts_match,
+    is_complete,
     parse,
     render,
     render_sign,
@@ -149,6 +150,13 @@ def test_rules_apply_to_every_object():
     mirrored = Rule("mirror")(SCENE)
     assert [own.cell for own in mirrored.objects] == [(0, 2), (3, 0), (0, 0)]
     assert Rule("mirror")(mirrored) == SCENE
+    rules = [Rule("color", "pink"), Rule("shape", "star"), Rule("background", "black"), Rule("mirror")]
+    assert [own.words for own in rules] == [
+        "everything becomes pink",
+        "everything becomes a star",
+        "the background becomes black",
+        "left and right change sides",
+    ]
     assert np.abs(render(SCENE)[:, ::-1].astype(int) - render(mirrored)).mean() < 1
 
 
@@ -353,3 +361,29 @@ def test_a_drawn_prompt_says_what_the_picture_shows():
     with pytest.raises(ValueError, match=r"has the options \['frames', 'kind'\]"):
         TaskRecords("story", questions=3)
     assert len(list(TaskRecords("edit", num_records=2))) == 2
+
+
+@pytest.mark.parametrize("task", ["edit", "edit_turns", "in_context", "subject"])
+def test_a_thought_before_a_picture_tells_all_of_it(task):
+    for record in list(TaskRecords(task, num_records=12, seed=4, thinks=1.0)):
+        *_, turn = record["messages"]
+        text, place = turn["content"]
+        assert place == {"type": "image"} and text["text"].endswith("\n</think>\n")
+        facts = parse(text["text"].removesuffix("\n</think>\n").rpartition("so ")[2])
+        assert is_complete(facts) and facts_match(facts, Referee().look(record["images"][-1]))
+
+
+def test_thoughts_about_pictures_tell_what_they_show():
+    for record in list(TaskRecords("ask", num_records=12, seed=4, thinks=1.0)):
+        thought = record["messages"][1]["content"][0]["text"].removeprefix("<think>\n").partition("\n</think>\n")[0]
+        assert facts_match(parse(thought), Referee().look(record["images"][0]))
+    for record in list(TaskRecords("compare", num_records=12, seed=4, thinks=1.0)):
+        thought = record["messages"][1]["content"][0]["text"].removeprefix("<think>\n").partition("\n</think>\n")[0]
+        for text, picture in zip(thought.removeprefix("first ").split(". then "), record["images"], strict=True):
+            assert facts_match(parse(text), Referee().look(picture))
+
+
+def test_without_thoughts_records_are_as_they_were():
+    for task in ("edit", "ask"):
+        plain, none = (TaskRecords(task, num_records=3, seed=4, **own)[2] for own in ({}, {"thinks": 0.0}))
+        assert plain["messages"] == none["messages"] and "<think>" not in str(plain["messages"])
