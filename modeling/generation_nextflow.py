@@ -699,7 +699,7 @@ class NextScaleGenerationMixin(GenerationMixin):
         image_top_p: float | Sequence[float] | None = None,
         **text_kwargs,
     ) -> NextFlowInterleavedOutput:
-        """Text until `<boi>`, a picture, `<eoi>`, and so on: the first text of all prompts at once, then each on its own.
+        """Text until `<boi>`, a picture, `<eoi>`, and so on: the prompts' first text at once, then each on its own.
 
         A prompt ends with the end-of-turn token, with its `max_new_tokens`-th text token, or when `<boi>` comes after
         `max_images` pictures.

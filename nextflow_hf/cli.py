@@ -20,7 +20,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; a user's mistake is one line on standard error and exit code 2."""
     # Some CPUs announce AMX without running it; an upper bound that is harmless elsewhere.
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, left = parser.parse_known_args(argv)
+    if left and not (hasattr(args, "overrides") and all("=" in own and not own.startswith("-") for own in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        # argparse does not go on with a list of arguments that an option has interrupted.
+        args.overrides += left
     try:
         args.run(args)
     except (ValueError, OSError, ImportError, StrictDataclassError) as error:
@@ -51,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     describe = commands.add_parser("describe", help="say what a picture shows")
     describe.add_argument("picture", type=Path)
     describe.add_argument("--question", default="describe the picture")
+    describe.add_argument("--think", action="store_true", help="let the model write down what it sees first")
     describe.add_argument("--checkpoint", default="mini")
     describe.set_defaults(run=_describe)
 
@@ -60,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument("--checkpoint", default="mini")
     edit.add_argument("--mask", type=Path, help="picture of the same size, white where something may change")
     edit.add_argument("--size", type=_size, help="HEIGHTxWIDTH: put the picture on a larger canvas and draw the rest")
+    edit.add_argument("--think", action="store_true", help="let the model write down what is to be drawn first")
     edit.add_argument("--output", type=Path, default=Path("edited.png"))
     edit.add_argument("--seed", type=int, default=0)
     _add_sampling(edit)
@@ -226,11 +234,16 @@ def _refining(args: argparse.Namespace, model, settings: dict):
 def _describe(args: argparse.Namespace) -> None:
     from PIL import Image
 
-    from .inference import describe_pictures, load
+    from .inference import answer, assistant, load, think, user
 
     picture = Image.open(args.picture)
     model, processor = load(args.checkpoint)
-    print(describe_pictures(model, processor, [picture], args.question)[0])
+    conversation = [user(picture, args.question)]
+    if args.think:
+        (thought,) = think(model, processor, [conversation])
+        print(thought, end="")
+        conversation.append(assistant(thought))
+    print(*answer(model, processor, [conversation]))
 
 
 def _edit(args: argparse.Namespace) -> None:
@@ -248,7 +261,9 @@ def _edit(args: argparse.Namespace) -> None:
     if args.size is not None:
         check_trained_size(model, args.size)
         picture, mask = place_on_canvas(picture, args.size)
-    edited = edit_picture(model, processor, picture, args.instruction, mask, args.seed, **_sampling(args))
+    edited = edit_picture(
+        model, processor, picture, args.instruction, mask, args.seed, enable_thinking=args.think, **_sampling(args)
+    )
     save_picture(edited, args.output)
     print(args.output)
 

@@ -224,6 +224,7 @@ def edit_picture(
     instruction: str,
     mask: Image.Image | None = None,
     seed: int = 0,
+    enable_thinking: bool = False,
     **sampling,
 ) -> Image.Image:
     """Change a picture by an instruction.
@@ -237,6 +238,7 @@ def edit_picture(
         mask: White where the picture may change, of the picture's own size. Pixels further from it than one cell of the
             finest scale are kept exactly.
         seed: Seed of what is drawn.
+        enable_thinking: Whether the model first writes down what is to be drawn.
         sampling: Goes to `generate`.
 
     Raises:
@@ -253,7 +255,11 @@ def edit_picture(
                 f"change within the middle {mask.height}x{mask.width} part."
             )
     picture = fit_to_trained(model, picture)
-    inputs = prepare(processor, [[user(picture, instruction)]], own_resolution(model, picture)).to(model.device)
+    resolution = own_resolution(model, picture)
+    conversation = [user(picture, instruction)]
+    if enable_thinking:
+        conversation.append(assistant(*think(model, processor, [conversation], resolution=resolution)))
+    inputs = prepare(processor, [conversation], resolution).to(model.device)
     if mask is None:
         sampling["image_size"] = (picture.height, picture.width)
     else:

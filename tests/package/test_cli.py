@@ -37,6 +37,30 @@ def test_describe(tmp_path, capsys):
     Image.fromarray(source.image(0)).save(tmp_path / "scene.png")
     assert main(["describe", str(tmp_path / "scene.png")]) == 0
     assert len(capsys.readouterr().out.split()) > 2
+    assert main(["describe", str(tmp_path / "scene.png"), "--question", "how many objects are there?", "--think"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("<think>\n") and said.partition("</think>\n")[2].strip()
+
+
+def test_an_edit_may_be_thought_through(tmp_path, capsys):
+    source = nextflow_hf.scenes.SceneSource((64, 64), 1, seed=2)
+    Image.fromarray(source.image(0)).save(tmp_path / "scene.png")
+    edit = ["edit", str(tmp_path / "scene.png"), "make the background black"]
+    for name, more in (("at-once", []), ("thought", ["--think"])):
+        assert main([*edit, *more, "--output", str(tmp_path / f"{name}.png")]) == 0
+        assert Image.open(tmp_path / f"{name}.png").size == (64, 64)
+
+
+def test_settings_of_a_recipe_may_stand_behind_options(monkeypatch):
+    found = []
+    monkeypatch.setattr("nextflow_hf.training.stages.run_recipe", found.append)
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
+    assert main(["train", "mini-grpo", "trainer.seed=1", "--threads", "1", "trainer.max_steps=7"]) == 0
+    assert found[0].trainer["max_steps"] == 7 and found[0].trainer["seed"] == 1
+    with pytest.raises(SystemExit):
+        main(["train", "mini-grpo", "--thread-count", "1"])
+    with pytest.raises(SystemExit):
+        main(["describe", "picture.png", "a=b"])
 
 
 def test_evaluate_writes_scores_and_every_setting(tmp_path, capsys):
