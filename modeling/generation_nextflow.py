@@ -287,12 +287,22 @@ class NextScaleGenerationMixin(GenerationMixin):
             # Pictures make their own mask; for a static cache transformers has made one of text.
             return {**model_inputs, **images, "attention_mask": kwargs.get("attention_mask")}
         grids = read_grids(images["image_grids"])
-        spans = find_images(input_ids, grids, self.config)
+        spans = find_images(self._without_waiting(input_ids), grids, self.config)
         saved = torch.zeros(len(input_ids), 1, dtype=torch.long, device=input_ids.device)
         for span in spans:
             saved[span.row] += span.num_slots - span.num_blocks
         model_inputs["position_ids"] = model_inputs["position_ids"] - saved
         return model_inputs
+
+    def _without_waiting(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+        """Rows without the `<boi>` at which some of them ended, while others of the batch go on with their text."""
+        config = self.generation_config
+        filling = [own for own in (config.pad_token_id, *_as_list(config.eos_token_id)) if own is not None]
+        if not filling:
+            return input_ids
+        following = nn.functional.pad(input_ids[:, 1:], (0, 1), value=filling[0])
+        waits = (input_ids == self.config.boi_token_id) & torch.isin(following, input_ids.new_tensor(filling))
+        return input_ids.masked_fill(waits, filling[0])
 
     # ---- what a checkpoint can do ------------------------------------------------------------------------------------
 

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from nextflow_hf.inference import answer, assistant, draw, load, prepare, tell, think, user
+from nextflow_hf.scenes import TaskRecords
 
 RIDDLES = ["as many stars as one plus two", "a circle in the color of the sky"]
 
@@ -23,6 +25,15 @@ def test_thinking_and_then_drawing_is_telling(mini):
     for thought, picture, parts in zip(thoughts, pictures, told):
         assert parts[0] == thought and thought.startswith("<think>\n") and thought.endswith("\n</think>\n")
         assert np.abs(np.asarray(picture, int) - np.asarray(parts[1], int)).max() <= 1
+
+
+def test_thoughts_about_pictures_are_the_same_in_a_batch(mini):
+    """Some end with the choice to draw while others go on."""
+    records = [TaskRecords("edit", num_records=6, seed=7)[index] for index in range(6)]
+    asked = [[user(Image.fromarray(own["images"][0]), own["messages"][0]["content"][1]["text"])] for own in records]
+    together = think(*mini, asked)
+    assert together == [think(*mini, [own])[0] for own in asked]
+    assert len({len(own) for own in together}) > 1
 
 
 def test_a_thought_without_an_end_is_closed(mini):
