@@ -6,8 +6,8 @@ referee; VMR draws twice as many pictures an update as the others. All draw in t
 are trained, with what weight, and by what value. Measured: the mean reward of every update, and the strict drawing
 score on validation combinations before and after.
 
-    python benchmarks/rl.py                       # runs what is missing, then writes the table and the plot
-    python benchmarks/rl.py --only vanilla "1/4"
+    python benchmarks/rl.py --checkpoint FOLDER   # runs what is missing, then writes the table and the plot
+    python benchmarks/rl.py --checkpoint FOLDER --only vanilla "1/4"
 
 Every run ends in `benchmarks/results/rl.json` at once, so a killed command goes on where it was, with the same weights
 wherever they lie.
@@ -140,6 +140,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     effort = {name: getattr(args, name) for name in ("steps", "batch", "learning_rate", "temperature", "measured")}
     effort["weights_sha256"] = weights_hash(BUNDLED.get(args.checkpoint, args.checkpoint))
+    if effort["weights_sha256"] is None:
+        parser.error(f"{args.checkpoint} is no folder with weights, by which runs are told apart; download it first")
     result = json.loads(args.output.read_text()) if args.output.is_file() else {}
     if result and result["effort"] != effort:
         parser.error(f"{args.output} holds runs of another effort, {result['effort']}; name another --output")

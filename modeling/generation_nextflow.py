@@ -213,6 +213,20 @@ class _TextVocabulary(LogitsProcessor):
         return scores
 
 
+class _PictureLater(LogitsProcessor):
+    """In a batch of texts, `<eoi>` tells the choice to draw: in a row that waits for others, `<boi>` would be taken for
+    a picture."""
+
+    def __init__(self, config):
+        self.boi_token_id, self.eoi_token_id = config.boi_token_id, config.eoi_token_id
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        scores[:, self.eoi_token_id] = scores[:, self.boi_token_id]
+        scores[:, self.boi_token_id] = -math.inf
+        return scores
+
+
 class NextScaleGenerationMixin(GenerationMixin):
     """`generate` with next-scale drawing, for a model with `model`, `lm_head`, `vq_model` and a `NextFlowConfig`."""
 
@@ -287,22 +301,12 @@ class NextScaleGenerationMixin(GenerationMixin):
             # Pictures make their own mask; for a static cache transformers has made one of text.
             return {**model_inputs, **images, "attention_mask": kwargs.get("attention_mask")}
         grids = read_grids(images["image_grids"])
-        spans = find_images(self._without_waiting(input_ids), grids, self.config)
+        spans = find_images(input_ids, grids, self.config)
         saved = torch.zeros(len(input_ids), 1, dtype=torch.long, device=input_ids.device)
         for span in spans:
             saved[span.row] += span.num_slots - span.num_blocks
         model_inputs["position_ids"] = model_inputs["position_ids"] - saved
         return model_inputs
-
-    def _without_waiting(self, input_ids: torch.LongTensor) -> torch.LongTensor:
-        """Rows without the `<boi>` at which some of them ended, while others of the batch go on with their text."""
-        config = self.generation_config
-        filling = [own for own in (config.pad_token_id, *_as_list(config.eos_token_id)) if own is not None]
-        if not filling:
-            return input_ids
-        following = nn.functional.pad(input_ids[:, 1:], (0, 1), value=filling[0])
-        waits = (input_ids == self.config.boi_token_id) & torch.isin(following, input_ids.new_tensor(filling))
-        return input_ids.masked_fill(waits, filling[0])
 
     # ---- what a checkpoint can do ------------------------------------------------------------------------------------
 
@@ -716,6 +720,11 @@ class NextScaleGenerationMixin(GenerationMixin):
         """
         if max_images < 0 or max_new_tokens < 1:
             raise ValueError(f"Need max_images >= 0 and max_new_tokens >= 1, got {max_images} and {max_new_tokens}.")
+        if text_kwargs.get("num_return_sequences", 1) != 1 or text_kwargs.get("return_dict_in_generate"):
+            raise ValueError(
+                "Interleaved generation returns one answer for each prompt, as segments: leave out "
+                "`num_return_sequences` and `return_dict_in_generate`, and repeat the prompt for more answers."
+            )
         input_ids, attention_mask = self._check_prompts(input_ids, attention_mask)
         if pixel_values is not None and image_codes is None:
             image_codes, context_grids = self.model.encode_images(pixel_values, image_grids)
@@ -724,17 +733,21 @@ class NextScaleGenerationMixin(GenerationMixin):
         seeds = _row_seeds(seed, len(input_ids))
         spans = find_images(input_ids, context_grids, self.config)
         context_codes = [] if image_codes is None else [own[own >= 0] for own in image_codes]
-        text_kwargs.update(
-            eos_token_id=[*_as_list(self.generation_config.eos_token_id), self.config.boi_token_id],
-            logits_processor=LogitsProcessorList([_TextVocabulary(self.config, images=True)]),
-        )
+        boi, eoi = self.config.boi_token_id, self.config.eoi_token_id
+        ends = _as_list(text_kwargs.pop("eos_token_id", self.generation_config.eos_token_id))
+        fillings = (text_kwargs.get("pad_token_id"), self.generation_config.pad_token_id, *ends, 0)
+        text_kwargs["pad_token_id"] = pad = next(own for own in fillings if own is not None)
+        processors = [_TextVocabulary(self.config, images=True), *(text_kwargs.pop("logits_processor", None) or [])]
         first_texts = super().generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             **_image_inputs(context_codes, context_grids),
             max_new_tokens=max_new_tokens,
+            eos_token_id=[*ends, eoi],
+            logits_processor=LogitsProcessorList([*processors, _PictureLater(self.config)]),
             **text_kwargs,
         )[:, input_ids.shape[1] :]
+        text_kwargs.update(eos_token_id=[*ends, boi], logits_processor=LogitsProcessorList(processors))
         output = NextFlowInterleavedOutput(segments=[], codes=[])
         for row in range(len(input_ids)):
             own = [index for index, span in enumerate(spans) if span.row == row]
@@ -742,10 +755,11 @@ class NextScaleGenerationMixin(GenerationMixin):
             codes, grids = [context_codes[index] for index in own], [context_grids[index] for index in own]
             segments, drawn = [], []
             budget, images = max_new_tokens, _image_inputs(codes, grids)
-            generated = _until_end(first_texts[row], text_kwargs["eos_token_id"], self.generation_config.pad_token_id)
+            generated = _until_end(first_texts[row], [*ends, boi, eoi], pad)
+            generated = generated.masked_fill(generated == eoi, boi)
             while True:
                 budget -= len(generated)
-                wants_image = len(generated) > 0 and int(generated[-1]) == self.config.boi_token_id
+                wants_image = len(generated) > 0 and int(generated[-1]) == boi
                 text = generated[:-1] if wants_image else generated
                 if len(text):
                     segments.append(text)
@@ -934,7 +948,7 @@ def _stack_left(prompts, pad_id: int) -> tuple[torch.LongTensor, torch.LongTenso
     return torch.cat(ids), torch.cat(masks)
 
 
-def _until_end(text: torch.LongTensor, ends: list[int], pad: int | None) -> torch.LongTensor:
+def _until_end(text: torch.LongTensor, ends: list[int], pad: int) -> torch.LongTensor:
     """A row of a batch up to the first of some tokens, or without what fills it up where other rows went on longer."""
     is_end = torch.isin(text, text.new_tensor(ends))
     if is_end.any():

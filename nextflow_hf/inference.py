@@ -62,12 +62,19 @@ def prepare(
         template: What the chat template knows, such as `enable_thinking`.
 
     Raises:
-        ValueError: If some conversations end with an assistant's turn, and others do not.
+        ValueError: If there is an empty conversation, if some end with an assistant's turn and others do not, or if one
+            that does cannot go on: after a picture, or with a thought, which is the beginning of a turn.
     """
-    endings = {conversation[-1]["role"] == "assistant" for conversation in conversations}
+    if not all(conversations):
+        raise ValueError("A conversation has no turns.")
+    endings = {own[-1]["role"] == "assistant" for own in conversations}
     if len(endings) > 1:
         raise ValueError("Either all conversations or none may end with an assistant's turn, which then goes on.")
     goes_on = endings == {True}
+    if goes_on and template.get("enable_thinking"):
+        raise ValueError("A thought begins an answer; these conversations end with one that has begun.")
+    if goes_on and any(_ends_with_picture(own[-1]["content"]) for own in conversations):
+        raise ValueError("An answer goes on after words, not after a picture; end the conversation with a user's turn.")
     images = {} if resolution is None else {"processor_kwargs": {"images_kwargs": {"resolution": resolution}}}
     return processor.apply_chat_template(
         list(conversations),
@@ -79,6 +86,10 @@ def prepare(
         **images,
         **template,
     )
+
+
+def _ends_with_picture(content: str | list[dict]) -> bool:
+    return not isinstance(content, str) and bool(content) and content[-1]["type"] == "image"
 
 
 def draw(

@@ -44,8 +44,7 @@ class SequenceCost:
         config: The decoder's configuration.
         attention_weight: What an operation of attention counts beside one of the matrix products. 1 counts what the
             paper counts. Where attention's kernels run at another rate than all the rest, bins of equal operations take
-            unequal time, and the weight at which they take the same balances ranks better; `benchmarks/packing.py`
-            measures it.
+            unequal time; `benchmarks/packing.py` measures the weight at which operations tell the time.
 
     Raises:
         ValueError: If the weight is not positive.

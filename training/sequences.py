@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..modeling.configuration_nextflow import NextFlowConfig
 from ..modeling.scale_schedule import Grid, all_blocks
+from ..processing.processing_nextflow import THINK_OPENING
 from .documents import is_learned
 
 IGNORED = -100
@@ -211,7 +212,12 @@ def _parts(turn: dict) -> list[dict]:
 
 
 def _marked(turn: dict, learned: bool = True) -> list[tuple[str | None, bool]]:
-    return [(part["text"] if part["type"] == "text" else None, learned) for part in _parts(turn)]
+    """Pieces of a turn. The tag that opens a thought is not learned: chat templates write it where one is wanted."""
+    pieces = [(part["text"] if part["type"] == "text" else None, learned) for part in _parts(turn)]
+    first = pieces[0][0]
+    if first is not None and first.startswith(THINK_OPENING):
+        pieces[:1] = [(THINK_OPENING, False), (first.removeprefix(THINK_OPENING), learned)]
+    return pieces
 
 
 def _cells(grids: Sequence[Grid]) -> int:

@@ -4,7 +4,7 @@ import threading
 import pytest
 import torch
 from small_models import small_model
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor
 
 from nextflow_hf.modeling.generation_nextflow import ImageSampling, ScaleStreamer, ramp, sample_codes
 from nextflow_hf.modeling.masked_editing import KeptPicture, soft_edge
@@ -132,6 +132,63 @@ def test_a_negative_prompt_takes_the_place_of_no_prompt():
         PROMPTS["input_ids"][1:2], image_size=SIZES[1], negative_prompt_ids=ids, **{**DRAW, "seed": 8}
     )
     assert torch.equal(alone.codes[0], negative.codes[1])
+
+
+class Telling(LogitsProcessor):
+    """Two rows, told apart by their first tokens after padding: one chooses a picture at once, the other writes on."""
+
+    def __call__(self, input_ids, scores):
+        scores = torch.full_like(scores, -100.0)
+        for row, ids in enumerate(input_ids.tolist()):
+            chooses = 9 in ids or ids.count(11) == 4
+            scores[row, 3 if chooses else 11] = 0
+        return scores
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"pad_token_id": 6},
+        {"eos_token_id": None},
+    ],
+)
+@pytest.mark.parametrize("with_pictures", [False, True])
+def test_texts_of_a_batch_are_those_of_its_rows(settings, with_pictures):
+    """One row asks for a picture while the other goes on with its text; with pictures in the prompts and without."""
+    model = small_model(context_image="final", levels=(3, 4))
+    picture = [3, *[5] * 16, 4] if with_pictures else []
+    rows = [[7, *picture, 9], [7, 8, *picture, 8]]
+    codes = torch.randint(0, 20, (2, 30), generator=torch.Generator().manual_seed(0))
+    grids = torch.tensor([[[1, 1], [2, 2], [3, 3], [4, 4]]] * 2)
+
+    def answer(chosen):
+        length = max(map(len, chosen))
+        ids = torch.tensor([[0] * (length - len(own)) + own for own in chosen])
+        mask = torch.tensor([[0] * (length - len(own)) + [1] * len(own) for own in chosen])
+        places = [rows.index(own) for own in chosen]
+        images = {"image_codes": codes[places], "image_grids": grids[places]} if with_pictures else {}
+        return model.generate(
+            ids, attention_mask=mask, **images, generation_mode="interleaved", image_size=(32, 32), max_images=1,
+            max_new_tokens=6, seed=[1 + place for place in places], logits_processor=[Telling()], do_sample=False,
+            image_guidance_scale=0.0, **settings,
+        )  # fmt: skip
+
+    together, alone = answer(rows), [answer([own]) for own in rows]
+    assert [len(own) for own in together.segments] == [1, 2]
+    assert together.segments[1][0].tolist() == [11] * 4
+    for row in range(2):
+        (expected,) = alone[row].segments
+        for one, other in zip(together.segments[row], expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_interleaved_answers_are_one_for_each_prompt():
+    for settings in ({"num_return_sequences": 2}, {"return_dict_in_generate": True}):
+        with pytest.raises(ValueError, match="one answer for each prompt"):
+            small_model().generate(torch.tensor([[7, 8]]), generation_mode="interleaved", **settings)
 
 
 @pytest.mark.parametrize(("context_image", "slots"), [("scales", 29), ("scales+final", 45), ("final", 16)])

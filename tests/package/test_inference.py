@@ -5,7 +5,6 @@ import pytest
 from PIL import Image
 
 from nextflow_hf.inference import answer, assistant, draw, load, prepare, tell, think, user
-from nextflow_hf.scenes import TaskRecords
 
 RIDDLES = ["as many stars as one plus two", "a circle in the color of the sky"]
 
@@ -27,15 +26,6 @@ def test_thinking_and_then_drawing_is_telling(mini):
         assert np.abs(np.asarray(picture, int) - np.asarray(parts[1], int)).max() <= 1
 
 
-def test_thoughts_about_pictures_are_the_same_in_a_batch(mini):
-    """Some end with the choice to draw while others go on."""
-    records = [TaskRecords("edit", num_records=6, seed=7)[index] for index in range(6)]
-    asked = [[user(Image.fromarray(own["images"][0]), own["messages"][0]["content"][1]["text"])] for own in records]
-    together = think(*mini, asked)
-    assert together == [think(*mini, [own])[0] for own in asked]
-    assert len({len(own) for own in together}) > 1
-
-
 def test_a_thought_without_an_end_is_closed(mini):
     (thought,) = think(*mini, [[user(RIDDLES[0])]], max_new_tokens=3)
     (whole,) = think(*mini, [[user(RIDDLES[0])]])
@@ -52,6 +42,27 @@ def test_an_answer_goes_on_with_what_was_said(mini):
     assert rest == " " + " ".join(words[3:])
 
 
-def test_conversations_that_await_different_things_are_refused(mini):
-    with pytest.raises(ValueError, match="Either all conversations or none"):
-        prepare(mini[1], [[user("a red circle")], [user("a red circle"), assistant("<think>")]])
+@pytest.mark.parametrize(
+    ("conversations", "template", "message"),
+    [
+        (
+            [[user("a red circle")], [user("a red circle"), assistant("<think>")]],
+            {},
+            "Either all conversations or none",
+        ),
+        ([[user("a red circle"), assistant("a")]], {"enable_thinking": True}, "A thought begins an answer"),
+        ([[user("a red circle"), assistant(Image.new("RGB", (64, 64)))]], {}, "not after a picture"),
+        ([[]], {}, "no turns"),
+    ],
+)
+def test_conversations_that_cannot_go_on_are_refused(mini, conversations, template, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(mini[1], conversations, **template)
+
+
+def test_mini_thinks_where_it_is_asked_to_and_only_there(mini):
+    picture = draw(*mini, [[user("a small red circle on the left on a white background")]], [1])[0]
+    asked = [user(picture, "what color is the circle?")]
+    assert "think" not in answer(*mini, [asked])[0]
+    (thought,) = think(*mini, [asked])
+    assert "red circle" in thought

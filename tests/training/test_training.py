@@ -72,6 +72,19 @@ def test_loss_is_on_the_response_alone(builder):
     assert builder.tokenizer.decode(labelled) == "dot 1<|im_end|>" and set(reading["image_labels"][0]) == {-100}
 
 
+def test_what_opens_a_thought_is_the_template_s(builder):
+    """Loss on it would teach a model to think unasked."""
+    turn = {"role": "assistant", "content": [{"type": "text", "text": "<think>\ndot 1\n</think>\ndot 2"}]}
+    own = builder.build([{"role": "user", "content": "which"}, turn], [])
+    labelled = [token for token in own["labels"] if token != -100]
+    assert builder.tokenizer.decode(labelled) == "dot 1\n</think>\ndot 2<|im_end|>"
+    assert "<think>\ndot 1" in builder.tokenizer.decode(own["input_ids"])
+    later = [{"type": "text", "text": "dot 1 <think>\n"}]
+    own = builder.build([{"role": "user", "content": "which"}, {"role": "assistant", "content": later}], [])
+    labelled = [token for token in own["labels"] if token != -100]
+    assert builder.tokenizer.decode(labelled) == "dot 1 <think>\n<|im_end|>"
+
+
 IMAGE = {"type": "image"}
 
 
