@@ -49,6 +49,7 @@ class Tested:
         number: Tests of each ability.
         seed: Seed of the tests and of what is drawn.
         split: Which combinations the tests show.
+        thinks: Whether what concerns pictures is scored after a thought as well, beside what is done at once.
     """
 
     model: NextFlowForConditionalGeneration
@@ -57,6 +58,7 @@ class Tested:
     number: int = 200
     seed: int = 0
     split: str = "test"
+    thinks: bool = False
 
     @property
     def lattice(self) -> tuple[int, int]:
@@ -106,10 +108,9 @@ class Tested:
         return think(self.model, self.processor, conversations, resolution=self.resolution)
 
     def ways(self, conversations: Sequence[list[dict]]) -> Iterator[tuple[str, list[list[dict]]]]:
-        """Ends of a score's name, and the conversations to go on with: as they are, and after a thought where the
-        checkpoint thinks."""
+        """Ends of a score's name, and the conversations to go on with: as they are, and after a thought."""
         yield "", list(conversations)
-        if can(self.model, "interleaved"):
+        if self.thinks:
             yield AFTER_A_THOUGHT, _begun(conversations, self.think(conversations))
 
 
@@ -197,7 +198,7 @@ def score_conversations(tested: Tested, turns: int = 3) -> dict:
         wanted.append(edits)
     referee = Referee(tested.lattice)
     result = {}
-    for thinks in (False, True) if can(tested.model, "interleaved") else (False,):
+    for thinks in (False, True)[: 1 + tested.thinks]:
         conversations = [[user(tested.picture(edits[0].before), edits[0].text)] for edits in wanted]
         for turn in range(turns):
             thoughts = tested.think(conversations) if thinks else [None] * len(conversations)
@@ -302,10 +303,22 @@ def score_thinking(tested: Tested) -> dict:
     conversations = [[user(own.text)] for own in riddles]
     referee = Referee(tested.lattice)
     at_once = tested.draw(conversations)
-    thought = tested.draw(_begun(conversations, tested.think(conversations)))
+    told = tell(
+        tested.model,
+        tested.processor,
+        conversations,
+        [tested.seed + index for index in range(tested.number)],
+        enable_thinking=True,
+        image_size=tested.size,
+        max_images=1,
+        max_new_tokens=80,
+    )
+    thought = [next((part for part in parts if isinstance(part, Image.Image)), None) for parts in told]
     right = {
         "riddles, drawn at once": [referee.judge(own, riddle.facts).passed for own, riddle in zip(at_once, riddles)],
-        "riddles, after a thought": [referee.judge(own, riddle.facts).passed for own, riddle in zip(thought, riddles)],
+        "riddles, after a thought": [
+            own is not None and referee.judge(own, riddle.facts).passed for own, riddle in zip(thought, riddles)
+        ],
     }
     return {name: interval(own) for name, own in right.items()}
 

@@ -57,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     describe = commands.add_parser("describe", help="say what a picture shows")
     describe.add_argument("picture", type=Path)
     describe.add_argument("--question", default="describe the picture")
-    describe.add_argument("--think", action="store_true", help="let the model write down what it sees first")
+    describe.add_argument(
+        "--think", action="store_true", help="let the model write down first what it sees, if it was trained to"
+    )
     describe.add_argument("--checkpoint", default="mini")
     describe.set_defaults(run=_describe)
 
@@ -67,7 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument("--checkpoint", default="mini")
     edit.add_argument("--mask", type=Path, help="picture of the same size, white where something may change")
     edit.add_argument("--size", type=_size, help="HEIGHTxWIDTH: put the picture on a larger canvas and draw the rest")
-    edit.add_argument("--think", action="store_true", help="let the model write down what is to be drawn first")
+    edit.add_argument(
+        "--think", action="store_true", help="let the model write down first what to draw, if it was trained to"
+    )
     edit.add_argument("--output", type=Path, default=Path("edited.png"))
     edit.add_argument("--seed", type=int, default=0)
     _add_sampling(edit)
@@ -110,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--images", type=int, help="pictures per prompt (scenes: 4; a benchmark: its own number)")
     evaluate.add_argument("--captions", type=int, help="scenes to describe (500)")
     evaluate.add_argument("--tests", type=int, help="tests of each further ability in scenes (200); 0 leaves them out")
+    evaluate.add_argument("--think", action="store_true", help="scenes: edits and answers after a thought as well")
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument(
         "--output", type=Path, help="scenes: JSON file for the scores and all settings; else a folder"
@@ -325,6 +330,7 @@ def _extract(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     if args.suite != "scenes":
         given = [f"--{name}" for name in _SCENES if name != "images" and getattr(args, name) is not None]
+        given += ["--think"] if args.think else []
         if given:
             raise ValueError(f"`evaluate {args.suite}` does not take {', '.join(given)}; `evaluate scenes` does.")
         run_benchmark(args, _sampling(args))
@@ -335,7 +341,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     numbers = [default if getattr(args, name) is None else getattr(args, name) for name, default in _SCENES.items()]
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-    result = evaluate_scenes(args.checkpoint, *numbers, args.seed, **_sampling(args))
+    result = evaluate_scenes(args.checkpoint, *numbers, args.seed, args.think, **_sampling(args))
     if args.output is not None:
         write_whole(args.output, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
     print(table(result))

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from .chat import write_story
 from .files import save_picture, write_whole
-from .inference import answer, assistant, describe_pictures, draw, draw_prompts, load, tell, think, user
+from .inference import answer, describe_pictures, draw, draw_prompts, load, tell, user
 from .refining import load_refiner, refine_drawn
 from .scenes import SceneSource, render, sample_scene
 from .scenes.edits import draw_edit
@@ -87,15 +87,15 @@ def run_demo(folder: Path) -> None:
         own = draw_edit(sample_scene(rng, "test", arrangement="placed"), rng, trained=False)
         edits += [] if own is None else [own]
     befores = [Image.fromarray(render(own.before, (64, 64))) for own in edits]
-    conversations = [[user(*pair)] for pair in zip(befores, [own.text for own in edits])]
-    at_once = draw(model, processor, conversations, range(EDITS))
-    thoughts = think(model, processor, conversations)
-    begun = [[*own, assistant(thought)] for own, thought in zip(conversations, thoughts)]
-    sheet = contact_sheet(
-        [own.text for own in edits], list(zip(befores, at_once, draw(model, processor, begun, range(EDITS))))
+    afters = draw(
+        model,
+        processor,
+        [[user(*pair)] for pair in zip(befores, [own.text for own in edits])],
+        range(EDITS),
     )
+    sheet = contact_sheet([own.text for own in edits], list(zip(befores, afters)))
     save_picture(sheet, folder / "edits.png")
-    print(f"{folder / 'edits.png'}: given pictures above, below them edited at once, and after a thought")
+    print(f"{folder / 'edits.png'}: given pictures above, edited ones below")
 
     # 5. A riddle that is thought through, and a story.
     (parts,) = tell(model, processor, [[user(RIDDLE)]], [0], enable_thinking=True, max_images=1)

@@ -134,12 +134,14 @@ def evaluate_scenes(
     captions: int = 500,
     tests: int = 200,
     seed: int = 0,
+    thinks: bool = False,
     **sampling,
 ) -> dict:
     """Everything that is measured of a checkpoint on scenes, with every setting that moves a score.
 
     The first of the checkpoint's sizes is measured in full; of the others, drawing with one picture a prompt. `tests`
-    are those of each further ability ([`abilities`]); 0 leaves them out.
+    are those of each further ability ([`abilities`]); 0 leaves them out. With `thinks`, what concerns given pictures is
+    scored after a thought as well.
     """
     model, processor = load(checkpoint)
     size, *other_sizes = _sizes(model)
@@ -158,7 +160,7 @@ def evaluate_scenes(
     if model.config.abilities is None or "caption" in model.config.abilities:
         result["captions"] = score_captions(model, processor, captions, seed=seed)
     if tests:
-        tested = Tested(model, processor, size, tests, seed)
+        tested = Tested(model, processor, size, tests, seed, thinks=thinks)
         result["abilities"] = {f"{size[0]}x{size[1]}": score_abilities(tested)}
         if {SIGN_SIZE, DOCUMENT_SIZE} <= {size, *other_sizes}:
             result["abilities"]["words"] = score_words(tested)
@@ -174,6 +176,7 @@ def evaluate_scenes(
         "images_per_prompt": images_per_prompt,
         "captions": captions,
         "tests": tests,
+        "thinks": thinks,
         "seed": seed,
         "sampling": vars(chosen),
         "dtype": str(model.dtype).removeprefix("torch."),

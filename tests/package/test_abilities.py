@@ -55,8 +55,8 @@ class Thinking(Told):
         return self.answers if len(conversations[0]) % 2 == 0 else self.answers[::-1]
 
 
-def build(kind, number=28):
-    return kind(SimpleNamespace(config=CONFIG), None, (64, 64), number, seed=3)
+def build(kind, number=28, thinks=False):
+    return kind(SimpleNamespace(config=CONFIG), None, (64, 64), number, seed=3, thinks=thinks)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def build(kind, number=28):
     ],
 )
 def test_who_copies_gets_nothing(score, names):
-    result = score(build(Copying))
+    result = score(build(Copying, thinks=True))
     for end in ("", abilities.AFTER_A_THOUGHT):
         assert [result[name + end]["score"] for name in names] == [0.0] * len(names)
 
@@ -94,29 +94,33 @@ def test_an_unreadable_picture_follows_no_removal():
     assert abilities.judge_edit(edit, Referee().look(noise)) == (False, False, False)
 
 
-def test_what_is_drawn_after_a_thought_is_scored_beside_what_is_drawn_at_once():
-    own = build(Thinking, 6)
+def test_thoughts_are_scored_by_their_pictures(monkeypatch):
+    own = build(Told, 6)
     right = []
     for index in range(6):
         rng = own.rng(index)
         riddle = draw_riddle(rng, "test")
         right.append(own.picture(orderly_scene(riddle.facts, rng)))
-    object.__setattr__(own, "answers", right)
+    object.__setattr__(own, "answers", right[::-1])
+    # Two of the thoughts end without a picture.
+    told = [["<think>\n", picture] for picture in right[:4]] + [["<think>\n"]] * 2
+    monkeypatch.setattr(abilities, "tell", lambda *args, **kwargs: told)
     result = abilities.score_thinking(own)
-    assert result["riddles, after a thought"]["score"] == 1
+    assert result["riddles, after a thought"]["score"] == pytest.approx(4 / 6, abs=1e-3)
     assert result["riddles, drawn at once"]["score"] < 0.5
 
 
 @pytest.mark.parametrize("score", [abilities.score_edits, abilities.score_conversations])
-def test_edits_are_scored_with_thoughts_where_a_checkpoint_thinks(monkeypatch, score):
-    own = build(Thinking)
+def test_edits_are_scored_after_thoughts_as_well_where_that_is_asked_for(score):
+    own = build(Thinking, thinks=True)
     object.__setattr__(own, "answers", [own.picture(edit.after) for edit in abilities._edits(own)])
-    names = score(own)
-    assert any(name.endswith(abilities.AFTER_A_THOUGHT) for name in names)
-    if "edits: exact" in names:
-        assert names["edits: exact, after a thought"]["score"] == 1 > names["edits: exact"]["score"]
-    own.model.config = SimpleNamespace(**{**vars(CONFIG), "abilities": ["image", "edit"]})
-    assert not any(name.endswith(abilities.AFTER_A_THOUGHT) for name in score(own))
+    scores = score(own)
+    assert any(name.endswith(abilities.AFTER_A_THOUGHT) for name in scores)
+    if "edits: exact" in scores:
+        assert scores["edits: exact, after a thought"]["score"] == 1 > scores["edits: exact"]["score"]
+    plain = build(Thinking)
+    object.__setattr__(plain, "answers", own.answers)
+    assert set(score(plain)) == {name for name in scores if not name.endswith(abilities.AFTER_A_THOUGHT)}
 
 
 def test_stories_are_scored_by_what_they_tell(monkeypatch):

@@ -58,11 +58,3 @@ def test_an_answer_goes_on_with_what_was_said(mini):
 def test_conversations_that_cannot_go_on_are_refused(mini, conversations, template, message):
     with pytest.raises(ValueError, match=message):
         prepare(mini[1], conversations, **template)
-
-
-def test_mini_thinks_where_it_is_asked_to_and_only_there(mini):
-    picture = draw(*mini, [[user("a small red circle on the left on a white background")]], [1])[0]
-    asked = [user(picture, "what color is the circle?")]
-    assert "think" not in answer(*mini, [asked])[0]
-    (thought,) = think(*mini, [asked])
-    assert "red circle" in thought
