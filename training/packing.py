@@ -37,6 +37,10 @@ class Bin:
     size: float
 
 
+# A sequence and its size, in the packer's unit: counted once, as it takes a walk along the sequence.
+Sized = tuple[float, dict]
+
+
 class SequenceCost:
     """Floating-point operations of a forward pass over one sequence, attention run by run.
 
@@ -150,14 +154,15 @@ class PackedSequences(IterableDataset):
         return (self.sequences[index] for index in range(first, len(self.sequences), step))
 
     def _bins(self) -> Iterator[Bin]:
-        waiting: list[dict] = []
+        waiting: list[Sized] = []
         oversized = 0
         for seen, item in enumerate(self._own(), 1):
-            if self._fits(item):
-                waiting.append(item)
+            size = self.size_of(item)
+            if size <= self.capacity and (self.max_tokens is None or tokens_of(item) <= self.max_tokens):
+                waiting.append((size, item))
             else:
                 oversized += 1
-                self._leave_out(item, oversized, seen)
+                self._leave_out(size, item, oversized, seen)
             if len(waiting) >= self.window:
                 full, waiting = self._pack(waiting)
                 yield from full
@@ -167,13 +172,10 @@ class PackedSequences(IterableDataset):
                     waiting = []
         yield from self._all(waiting)
 
-    def _fits(self, item: dict) -> bool:
-        return self.size_of(item) <= self.capacity and (self.max_tokens is None or tokens_of(item) <= self.max_tokens)
-
-    def _leave_out(self, item: dict, oversized: int, seen: int) -> None:
+    def _leave_out(self, size: float, item: dict, oversized: int, seen: int) -> None:
         text = (
-            f"Sequence {item.get('id')} of {tokens_of(item)} tokens and size {self.size_of(item):.3g} does not fit a "
-            f"bin of capacity {self.capacity:.3g} and at most {self.max_tokens} tokens"
+            f"Sequence {item.get('id')} of {tokens_of(item)} tokens and size {size:.3g} does not fit a bin of capacity "
+            f"{self.capacity:.3g} and at most {self.max_tokens} tokens"
         )
         # By chance a stream may begin with one.
         if oversized > self.max_oversized * max(seen, self.window):
@@ -182,64 +184,59 @@ class PackedSequences(IterableDataset):
             )
         logger.warning("%s, and is left out.", text)
 
-    def _all(self, items: list[dict]) -> list[Bin]:
-        bins, left = self._spread(items, math.ceil)
-        return bins + (self._all(left) if left else [])
+    def _all(self, sized: list[Sized]) -> list[Bin]:
+        bins, left = self._spread(sized, math.ceil)
+        return [own for own, _ in bins] + (self._all(left) if left else [])
 
-    def _pack(self, items: list[dict]) -> tuple[list[Bin], list[dict]]:
-        bins, left = self._spread(items, math.floor)
+    def _pack(self, sized: list[Sized]) -> tuple[list[Bin], list[Sized]]:
+        bins, left = self._spread(sized, math.floor)
         full = []
-        for own in bins:
+        for own, members in bins:
             if own.size >= self.min_fill * self.capacity or self._row_is_full(own):
                 full.append(own)
             else:
-                left.extend(own.items)
+                left.extend(members)
         return full, left
 
-    def _spread(self, items: list[dict], rounding: Callable[[float], int]) -> tuple[list[Bin], list[dict]]:
+    def _spread(self, sized: list[Sized], rounding: Callable[[float], int]) -> tuple[list, list[Sized]]:
         """As many bins as all items fill on average, rounded so, and the items that fit into none of them."""
-        share = sum(map(self.size_of, items)) / self.capacity
+        share = sum(size for size, _ in sized) / self.capacity
         if self.max_tokens is not None:
-            share = max(share, sum(map(tokens_of, items)) / self.max_tokens)
-        return spread_evenly(items, max(1, rounding(share)), self.capacity, self.size_of, self.max_tokens)
+            share = max(share, sum(tokens_of(item) for _, item in sized) / self.max_tokens)
+        return spread_evenly(sized, max(1, rounding(share)), self.capacity, self.max_tokens)
 
     def _row_is_full(self, own: Bin) -> bool:
         return self.max_tokens is not None and sum(map(tokens_of, own.items)) >= self.min_fill * self.max_tokens
 
 
 def spread_evenly(
-    items: list[dict],
-    num_bins: int,
-    capacity: float,
-    size_of: Callable[[dict], float] = tokens_of,
-    max_tokens: int | None = None,
-) -> tuple[list[Bin], list[dict]]:
+    sized: list[Sized], num_bins: int, capacity: float, max_tokens: int | None = None
+) -> tuple[list[tuple[Bin, list[Sized]]], list[Sized]]:
     """Put every item, largest first, into the emptiest bin that has room for it.
 
     Large and small sequences meet in every bin so: bins of equal compute are also of similar length.
 
     Returns:
-        The bins that got items, fullest first, and the items that no bin has room for.
+        The bins that got items, fullest first, each with its sized items; and those that no bin has room for.
     """
-    sized = sorted(((size_of(item), item) for item in items), key=lambda pair: -pair[0])
     longest = float("inf") if max_tokens is None else max_tokens
-    members: list[list[dict]] = [[] for _ in range(num_bins)]
+    members: list[list[Sized]] = [[] for _ in range(num_bins)]
     sizes, lengths = [0.0] * num_bins, [0] * num_bins
     left = []
-    for size, item in sized:
+    for size, item in sorted(sized, key=lambda pair: -pair[0]):
         length = tokens_of(item)
         fitting = [
             index for index in range(num_bins) if sizes[index] + size <= capacity and lengths[index] + length <= longest
         ]
         if not fitting:
-            left.append(item)
+            left.append((size, item))
             continue
         emptiest = min(fitting, key=sizes.__getitem__)
-        members[emptiest].append(item)
+        members[emptiest].append((size, item))
         sizes[emptiest] += size
         lengths[emptiest] += length
-    bins = [Bin(tuple(own), size) for own, size in zip(members, sizes) if own]
-    return sorted(bins, key=lambda own: -own.size), left
+    bins = [(Bin(tuple(item for _, item in own), size), own) for own, size in zip(members, sizes) if own]
+    return sorted(bins, key=lambda pair: -pair[0].size), left
 
 
 def collate_packed(bins: list[Bin]) -> dict[str, torch.Tensor]:

@@ -23,6 +23,10 @@ def text_of(length):
     return {"input_ids": [7] * length, "labels": [7] * length, "codes": [], "image_labels": [], "grids": []}
 
 
+def sized(items):
+    return [(tokens_of(item), item) for item in items]
+
+
 def mixed(builder):
     """Drawing, reading, text alone and a document of two pictures."""
     image = CodedImage(codes_of(), SQUARE)
@@ -40,9 +44,9 @@ def test_packed_loss_equals_padded_loss(builder):
     model = nextflow_hf.NextFlowForConditionalGeneration(builder.config).eval()
     items = mixed(builder)
     padded = model(**builder.collate(items))
-    for bins, left in (spread_evenly(items, 1, 1000), spread_evenly(items, 4, 80)):
+    for bins, left in (spread_evenly(sized(items), 1, 1000), spread_evenly(sized(items), 4, 80)):
         assert not left
-        packed = model(**collate_packed(bins))
+        packed = model(**collate_packed([own for own, _ in bins]))
         torch.testing.assert_close(packed.loss, padded.loss, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(packed.text_loss, padded.text_loss, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(packed.image_loss, padded.image_loss, rtol=1e-5, atol=1e-5)
@@ -63,10 +67,23 @@ def test_every_sequence_is_packed_once_and_none_overflows():
 def test_bins_are_filled_evenly():
     """No bin is left nearly empty, and what has no room is given back."""
     items = [text_of(n) for n in (60, 50, 40, 30, 20, 10, 10, 10)]
-    bins, left = spread_evenly(items, 3, 100)
-    assert not left and [own.size for own in bins] == [80, 80, 70]
-    bins, left = spread_evenly(items, 2, 100)
-    assert [own.size for own in bins] == [100, 100] and sum(map(tokens_of, left)) == 30
+    bins, left = spread_evenly(sized(items), 3, 100)
+    assert not left and [own.size for own, _ in bins] == [80, 80, 70]
+    assert all(own.items == tuple(item for _, item in members) for own, members in bins)
+    bins, left = spread_evenly(sized(items), 2, 100)
+    assert [own.size for own, _ in bins] == [100, 100] and sum(size for size, _ in left) == 30
+
+
+def test_a_sequence_is_measured_once():
+    measured = []
+
+    def size_of(item):
+        measured.append(item)
+        return tokens_of(item)
+
+    items = [text_of(10 + number % 40) for number in range(200)]
+    assert len(list(PackedSequences(items, capacity=128, size_of=size_of, window=32))) > 10
+    assert len(measured) == len(items)
 
 
 def test_processes_and_their_workers_share_the_sequences():
