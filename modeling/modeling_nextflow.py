@@ -421,10 +421,13 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 )
             kwargs["is_causal"] = False
             return {"full_attention": None}
+        pads = attention_mask.ndim == 2 and past_key_values is None and not bool(attention_mask.all())
+        if document_ids is None and pads:
+            # Padding is a document of its own: a position that sees nothing is NaN in some kernels.
+            document_ids = attention_mask.long() - 1
         mask = create_causal_mask(
             config=self.config.text_config,
             inputs_embeds=inputs_embeds,
-            # Padding of packed rows is a document of its own: a position that sees nothing is NaN in some kernels.
             attention_mask=attention_mask if document_ids is None else torch.ones_like(attention_mask),
             past_key_values=past_key_values,
             block_sequence_ids=block_sequence_ids,

@@ -119,6 +119,23 @@ def test_padding_side_does_not_matter(model):
     torch.testing.assert_close(other[1, shift:], right[1, :-shift], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_every_position_sees_something(implementation, side):
+    """A row of a mask that is all shut is NaN, or its gradient is, in some kernels; padding sees padding."""
+    model = small_model().model
+    model.language_model.set_attn_implementation(implementation)
+    row = [0, 0, 1, 1, 1, 1]
+    given = torch.tensor([[1] * 6, row if side == "left" else row[::-1]])
+    blocks = torch.full((2, 6), -1)
+    mask = model._attention_mask(torch.zeros(2, 6, 32), given, None, blocks, None, {})["full_attention"]
+    is_open = mask if mask.dtype == torch.bool else mask > -1
+    assert is_open.any(dim=-1).all()
+    seen = is_open[1, 0]
+    tokens = given[1].bool()
+    assert not seen[tokens][:, ~tokens].any() and not seen[~tokens][:, tokens].any()
+
+
 def test_pixels_equal_their_codes(model):
     pixels = torch.rand(1, 3, 32, 32) * 2 - 1
     ids = torch.tensor([[7, *image_tokens(model.config, SQUARE), 8]])
