@@ -421,8 +421,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 )
             kwargs["is_causal"] = False
             return {"full_attention": None}
-        pads = attention_mask.ndim == 2 and past_key_values is None and not bool(attention_mask.all())
-        if document_ids is None and pads:
+        is_whole = past_key_values is None and attention_mask.ndim == 2
+        if document_ids is None and is_whole and not bool(attention_mask.all()):
             # Padding is a document of its own: a position that sees nothing is NaN in some kernels.
             document_ids = attention_mask.long() - 1
         mask = create_causal_mask(

@@ -198,7 +198,7 @@ def score_conversations(tested: Tested, turns: int = 3) -> dict:
         wanted.append(edits)
     referee = Referee(tested.lattice)
     result = {}
-    for thinks in (False, True)[: 1 + tested.thinks]:
+    for thinks in (False, True) if tested.thinks else (False,):
         conversations = [[user(tested.picture(edits[0].before), edits[0].text)] for edits in wanted]
         for turn in range(turns):
             thoughts = tested.think(conversations) if thinks else [None] * len(conversations)

@@ -89,7 +89,7 @@ def prepare(
 
 
 def _ends_with_picture(content: str | list[dict]) -> bool:
-    return not isinstance(content, str) and bool(content) and content[-1]["type"] == "image"
+    return not isinstance(content, str) and bool(content) and "text" not in content[-1]
 
 
 def draw(
