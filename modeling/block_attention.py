@@ -6,6 +6,10 @@ each is one dense call of scaled dot-product attention. Nothing is computed betw
 length of a row costs nothing by itself, and blocks need no mask, so that the fastest kernels take them.
 """
 
+from collections.abc import Callable
+from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -63,38 +67,48 @@ def block_varlen_attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     kwargs.pop("is_causal", None)
-    rows = []
-    for row, own in enumerate(runs):
-        outputs, filled = [], 0
-        for run in own:
-            if run.start > filled:
-                outputs.append(_padding(query, run.start - filled))
-            queries, keys = slice(run.start, run.end), slice(run.document_start, run.end)
-            opens_document = run.start == run.document_start
-            mask = None
-            if run.causal and not opens_document:
-                mask = _causal_tail(run.end - run.start, run.end - run.document_start, query.device)
-            output, _ = sdpa_attention_forward(
-                module,
-                query[row : row + 1, :, queries],
-                key[row : row + 1, :, keys],
-                value[row : row + 1, :, keys],
-                mask,
-                scaling=scaling,
-                dropout=dropout,
-                is_causal=run.causal and opens_document,
-                **kwargs,
-            )
-            outputs.append(output)
-            filled = run.end
-        if filled < query.shape[2]:
-            outputs.append(_padding(query, query.shape[2] - filled))
-        rows.append(torch.cat(outputs, dim=1))
-    return torch.cat(rows), None
+    attend = partial(sdpa_attention_forward, module, scaling=scaling, dropout=dropout, **kwargs)
+    # Split everywhere, not sliced: the gradient of a slice is filled up to all that it was cut from, once a run.
+    rows = zip(query.split(1), key.split(1), value.split(1), runs)
+    return torch.cat([_attend_row(attend, *row) for row in rows]), None
 
 
-def _padding(query: torch.Tensor, length: int) -> torch.Tensor:
-    return query.new_zeros(1, length, query.shape[1], query.shape[3])
+def _attend_row(
+    attend: Callable, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, runs: list[Run]
+) -> torch.Tensor:
+    """Documents of a row, each on its own, and zeros for padding: `(1, length, heads, head_dim)`."""
+    documents, sizes, filled = [], [], 0
+    for start, own in groupby(runs, key=attrgetter("document_start")):
+        own = list(own)
+        documents += [None, own]
+        sizes += [start - filled, own[-1].end - start]
+        filled = own[-1].end
+    documents.append(None)
+    sizes.append(query.shape[2] - filled)
+    parts = zip(documents, query.split(sizes, dim=2), key.split(sizes, dim=2), value.split(sizes, dim=2))
+    outputs = [
+        queries.new_zeros(queries.transpose(1, 2).shape)
+        if own is None
+        else _attend_document(attend, queries, keys, values, own)
+        for own, queries, keys, values in parts
+    ]
+    return torch.cat(outputs, dim=1)
+
+
+def _attend_document(
+    attend: Callable, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, runs: list[Run]
+) -> torch.Tensor:
+    """The runs of a document, from its last to its first, so that what each sees is cut from what the next one saw."""
+    outputs = []
+    for run, queries in zip(reversed(runs), reversed(query.split([run.end - run.start for run in runs], dim=2))):
+        opens_document, seen = run.start == run.document_start, run.end - run.document_start
+        key, value = key[:, :, :seen], value[:, :, :seen]
+        mask = None
+        if run.causal and not opens_document:
+            mask = _causal_tail(run.end - run.start, seen, query.device)
+        output, _ = attend(queries, key, value, mask, is_causal=run.causal and opens_document)
+        outputs.append(output)
+    return torch.cat(outputs[::-1], dim=1)
 
 
 def _causal_tail(queries: int, keys: int, device) -> torch.Tensor | None:
