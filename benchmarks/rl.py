@@ -47,7 +47,6 @@ VARIANTS = {
 def run(settings: dict, seed: int, args: argparse.Namespace) -> dict:
     """Train once: the rewards of all updates, and the drawing score afterwards."""
     model, processor = load(args.checkpoint)
-    model.vq_model.requires_grad_(False)
     rows = ScenePrompts(100, seed=100 + seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = NextFlowGRPOTrainer(

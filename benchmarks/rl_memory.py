@@ -63,7 +63,6 @@ def update(way: str, folder: str, threads: int | None, results) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     lora = LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "linear_1", "linear_2"])
     model = AutoModelForMultimodalLM.from_pretrained(folder)
-    model.vq_model.requires_grad_(False)
     trainer = NextFlowGRPOTrainer(
         model,
         brightness,

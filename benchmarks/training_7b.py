@@ -72,7 +72,6 @@ def main() -> None:
     config.text_config.layer_types = config.text_config.layer_types[: args.layers]
     with torch.device("cuda"):
         model = NextFlowForConditionalGeneration._from_config(config, dtype=torch.bfloat16).train()
-    model.vq_model.requires_grad_(False)
     if args.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = [own for own in model.parameters() if own.requires_grad]

@@ -40,7 +40,6 @@ def main() -> None:
     name = model_args.model_name_or_path or "mini"
     path = BUNDLED.get(name, name)
     model = AutoModelForMultimodalLM.from_pretrained(path)
-    model.vq_model.requires_grad_(False)
     trainer = NextFlowGRPOTrainer(
         model,
         scene_reward,

@@ -163,7 +163,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         self.language_model = NextFlowTextModel._from_config(config.text_config)
         self.connector = NextFlowConnector(config)
         self.scale_embedding = NextFlowScaleEmbedding(config)
-        self.vq_model = NextFlowVQModel._from_config(config.vq_config)
+        self.vq_model = NextFlowVQModel._from_config(config.vq_config).requires_grad_(False)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -464,8 +464,6 @@ class NextFlowForConditionalGeneration(OwnsImageTokenizer, NextFlowPreTrainedMod
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        image_labels: torch.LongTensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         document_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -494,6 +492,8 @@ class NextFlowForConditionalGeneration(OwnsImageTokenizer, NextFlowPreTrainedMod
             score_temperature: Divides the scores of `scored_codes` and `scored_tokens`.
             score_drawing: Whether text may begin a picture, as in interleaved generation and not in text alone.
         """
+        # Not named in the signature: `Trainer` gives no `eval_loss` for batches that lack any labels named there.
+        image_labels, shift_labels = kwargs.pop("image_labels", None), kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

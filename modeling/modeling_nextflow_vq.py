@@ -759,13 +759,19 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
 
 
 class OwnsImageTokenizer:
-    """A decoder's tie to its image tokenizer, `model.vq_model`: loaded, exchanged and checked together."""
+    """A decoder's tie to its image tokenizer, `model.vq_model`: loaded, exchanged and checked together.
+
+    It is frozen in the decoder: training must leave the codes what they are. Its own stages train it by itself.
+    """
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         """As in transformers; refuses a checkpoint whose tokenizer is not the one its decoder was trained with."""
         loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).check_vq_model()
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.check_vq_model()
+        # Loaded weights are trainable, whatever they were when the model was made.
+        model.vq_model.requires_grad_(False)
         return loaded
 
     @property
@@ -780,7 +786,7 @@ class OwnsImageTokenizer:
             ValueError: If its codebook is not the one that this decoder was trained with.
         """
         self.check_vq_model(vq_model)
-        self.model.vq_model = vq_model
+        self.model.vq_model = vq_model.requires_grad_(False)
         self.config.vq_config = vq_model.config
 
     def check_vq_model(self, vq_model: NextFlowVQModel | None = None) -> None:

@@ -88,7 +88,6 @@ class TokenFlowModel(TokenFlowPreTrainedModel):
         # Row 0 is text's, row k + 1 the slots' of scale k (from 0); row 1 is never used.
         self.level_embedding = nn.Embedding(config.schedule.num_scales + 1, width)
         self.position_embedding = nn.Embedding(config.num_codes, width)
-        # The codes are given: fine-tuning the decoder must leave them what it was trained with.
         self.vq_model = NextFlowVQModel._from_config(config.vq_config).requires_grad_(False)
         self.post_init()
 

@@ -29,7 +29,7 @@ def extract_codes(
         int32 codes `(pictures, num_codes)` and the scales.
 
     Raises:
-        ValueError: If the file belongs to another tokenizer or number of pictures.
+        ValueError: If the file belongs to another tokenizer, another number of pictures, or other pictures.
     """
     path = Path(path)
     fingerprint = vq_model.fingerprint()
@@ -41,6 +41,10 @@ def extract_codes(
                 f"{path} holds codes of {len(codes)} pictures by the tokenizer {metadata['fingerprint']}, but "
                 f"{len(source)} pictures by {fingerprint} are asked for. Remove it, or name another file."
             )
+        first = vq_model.encode(torch.from_numpy(to_pixels(source.image(0)[None]))).codes[0].numpy()
+        # One picture's codes may differ in a few from those of a batch.
+        if len(first) != codes.shape[1] or (first == codes[0]).mean() < 0.5:
+            raise ValueError(f"{path} holds codes of other pictures. Remove it, or name another file.")
         return codes, tuple((int(h), int(w)) for h, w in grids)
     codes = []
     for first in tqdm(range(0, len(source), batch_size), desc="extract codes"):

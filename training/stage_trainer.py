@@ -315,7 +315,10 @@ def _checkpoint_bytes(model: PreTrainedModel) -> int:
 
 
 def check_writable(folder: Path, bytes_needed: int = 0) -> None:
-    """Raise `ValueError` unless so many bytes can be written to `folder`, before any work is done for it."""
+    """Raise `ValueError` unless so many bytes of checkpoints can lie in `folder`, before any work is done for it.
+
+    Those of a run that goes on lie there already.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write-test-{os.getpid()}"
@@ -324,9 +327,10 @@ def check_writable(folder: Path, bytes_needed: int = 0) -> None:
     except OSError as error:
         raise ValueError(f"Cannot write to {folder}: {error}") from error
     free = shutil.disk_usage(folder).free
+    bytes_needed -= sum(file.stat().st_size for file in folder.glob("checkpoint-*/**/*") if file.is_file())
     if free < bytes_needed:
         raise ValueError(
-            f"{folder} has {free / 1e9:.1f} GB left, but the run's checkpoints need {bytes_needed / 1e9:.1f} GB."
+            f"{folder} has {free / 1e9:.1f} GB left, but the run's checkpoints need {bytes_needed / 1e9:.1f} GB more."
         )
 
 

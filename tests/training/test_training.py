@@ -10,7 +10,7 @@ from dots import SQUARE, Dots, codes_of
 from PIL import Image
 from safetensors.torch import load_file
 from small_models import small_config, small_model
-from transformers import AutoProcessor, GenerationConfig, TrainerState, TrainingArguments
+from transformers import AutoProcessor, GenerationConfig, Trainer, TrainerState, TrainingArguments
 
 import nextflow_hf
 from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
@@ -177,6 +177,13 @@ def test_codes_of_another_tokenizer_or_source_are_refused(tmp_path):
         extract_codes(Dots(), small_model(seed=4).vq_model, path)
     with pytest.raises(ValueError, match="Remove it"):
         extract_codes(Dots(pictures=9), small_model().vq_model, path)
+
+    class Negatives(Dots):
+        def image(self, index):
+            return 255 - super().image(index)
+
+    with pytest.raises(ValueError, match="other pictures"):
+        extract_codes(Negatives(), small_model().vq_model, path)
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -559,6 +566,41 @@ def test_a_run_killed_before_its_result_takes_it_from_the_last_checkpoint(tmp_pa
 def test_a_disk_without_room_is_an_error_before_the_first_step(tmp_path):
     with pytest.raises(ValueError, match="GB left"):
         check_writable(tmp_path, bytes_needed=10**18)
+
+
+def test_checkpoints_that_lie_there_need_no_more_room(tmp_path, monkeypatch):
+    """A run that goes on has written two of its three."""
+    free = shutil.disk_usage(tmp_path)._replace(free=1500)
+    monkeypatch.setattr("nextflow_hf.training.stage_trainer.shutil.disk_usage", lambda path: free)
+    with pytest.raises(ValueError, match="GB left"):
+        check_writable(tmp_path, bytes_needed=3000)
+    for name in ("checkpoint-2", "checkpoint-4"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(1000))
+    check_writable(tmp_path, bytes_needed=3000)
+
+
+def test_a_plain_trainer_evaluates_and_leaves_the_codes(builder, tmp_path):
+    """transformers' own, on what it knows: labels."""
+    model = NextFlowForConditionalGeneration(builder.config)
+    before = model.vq_model.fingerprint()
+    items = [builder.read("which", f"dot {index}", codes_of(), SQUARE) for index in range(4)]
+
+    def collate(items):
+        batch = builder.collate(items)
+        del batch["image_labels"]
+        return batch
+
+    arguments = TrainingArguments(
+        tmp_path, max_steps=2, per_device_train_batch_size=2, learning_rate=0.1, remove_unused_columns=False,
+        eval_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True, report_to=[], use_cpu=True,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, collate, train_dataset=items, eval_dataset=items)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert model.vq_model.fingerprint() == before
+    model.save_pretrained(tmp_path / "final")
+    assert not any(own.requires_grad for own in type(model).from_pretrained(tmp_path / "final").vq_model.parameters())
 
 
 @pytest.mark.parametrize(
