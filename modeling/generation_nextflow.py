@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from queue import Queue
 
 import torch
@@ -227,6 +228,9 @@ class _PictureLater(LogitsProcessor):
         return scores
 
 
+_IMAGE_INPUTS = ("pixel_values", "image_codes", "image_grids")
+
+
 class NextScaleGenerationMixin(GenerationMixin):
     """`generate` with next-scale drawing, for a model with `model`, `lm_head`, `vq_model` and a `NextFlowConfig`."""
 
@@ -292,7 +296,7 @@ class NextScaleGenerationMixin(GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration: bool | None = False, **kwargs):
         """Images go in once; later text takes up the time at which they left it."""
-        images = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_codes", "image_grids")}
+        images = {name: kwargs.pop(name, None) for name in _IMAGE_INPUTS}
         model_inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
         if images["image_grids"] is None:
             return model_inputs
@@ -307,6 +311,28 @@ class NextScaleGenerationMixin(GenerationMixin):
             saved[span.row] += span.num_slots - span.num_blocks
         model_inputs["position_ids"] = model_inputs["position_ids"] - saved
         return model_inputs
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs
+    ):
+        """Beams and further answers see all pictures of their own prompt, in its order."""
+        images = {name: model_kwargs.pop(name) for name in _IMAGE_INPUTS if model_kwargs.get(name) is not None}
+        if images and expand_size > 1:
+            rows = [span.row for span in find_images(input_ids, read_grids(images["image_grids"]), self.config)]
+            order = torch.tensor(
+                [
+                    place
+                    for row in range(len(input_ids))
+                    for _ in range(expand_size)
+                    for place, own in enumerate(rows)
+                    if own == row
+                ]
+            )
+            images = {name: own[order.to(own.device)] for name, own in images.items()}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, **images}
 
     # ---- what a checkpoint can do ------------------------------------------------------------------------------------
 
@@ -541,7 +567,7 @@ class NextScaleGenerationMixin(GenerationMixin):
                 strength = ramp(sampling.guidance_scale, scale, len(grids[row]))
                 guided = (1 + strength) * guided - strength * scores[batch + row, :slots]
             uniforms = torch.rand(slots, generator=generators[row], dtype=torch.float64)
-            drawn = sample_codes(guided, uniforms.to(scores.device), sampling.at(scale))
+            drawn = sample_codes(guided, uniforms.to(scores), sampling.at(scale))
             if kept is not None:
                 drawn = kept[row].constrain(drawn, scale)
             first = sum(len(own) for own in scales[row])
@@ -905,11 +931,11 @@ class NextScaleGenerationMixin(GenerationMixin):
 def _row_seeds(seed, batch: int) -> list[int] | None:
     if seed is None:
         return None
-    if isinstance(seed, int):
-        return [seed + row for row in range(batch)]
+    if isinstance(seed, Integral):
+        return [int(seed) + row for row in range(batch)]
     if len(seed) != batch:
         raise ValueError(f"{len(seed)} seeds were given for {batch} prompts.")
-    return list(seed)
+    return [int(own) for own in seed]
 
 
 def _row_generators(seed, generator, batch: int) -> list[torch.Generator | None]:

@@ -1,11 +1,14 @@
 """`pipeline("any-to-any")` without torchvision, and `pipeline("text-to-image")`, which a refiner may follow."""
 
 import copy
+from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from transformers import AnyToAnyPipeline, GenerationConfig, Pipeline
 
 from .modeling.configuration_nextflow import NextFlowConfig
+from .modeling.generation_nextflow import NextFlowImageOutput
 
 # What `generate` takes in image mode, so that a pipeline's caller may name it directly.
 _DRAWING_ARGUMENTS = (
@@ -68,9 +71,10 @@ class NextFlowAnyToAnyPipeline(AnyToAnyPipeline):
 class TextToImagePipeline(Pipeline):
     """Draws pictures of prompts: `pipeline("text-to-image", model=...)("a red circle", seed=7)`.
 
-    A string gives one `PIL.Image.Image`, a list of strings a list of them. Keyword arguments are those of `generate`
-    in image mode, and
+    A string gives one `PIL.Image.Image`, a list of strings a list of them, drawn `batch_size` at a time. Keyword
+    arguments are those of `generate` in image mode, and
 
+    * `seed`: one number, from which every prompt is drawn, or a list with one per prompt;
     * `negative_prompt`: text that guidance leads away from;
     * `refiner`: "mini", a folder, a Hub id or a [`NextFlowRefinerPipeline`] that paints what was drawn anew, here or
       for every call where it is given to `pipeline(...)`; `drawing | refiner` is the same;
@@ -117,13 +121,28 @@ class TextToImagePipeline(Pipeline):
         preprocess = {} if negative_prompt is None else {"negative_prompt": negative_prompt}
         drawing = {**kwargs.pop("generate_kwargs", {}), **kwargs}
         after = self._refining(refiner, refining)
-        seed = _seed_of(drawing)
-        if seed is not None:
-            after["seed"] = seed
+        if isinstance(drawing.get("generator"), torch.Generator):
+            after["seed"] = _seed_of(drawing["generator"])
+        if "seed" in drawing:
+            preprocess["seed"] = drawing.pop("seed")
         return preprocess, drawing, after
 
-    def preprocess(self, prompt: str, negative_prompt: str | None = None):
+    def __call__(self, inputs, *args, seed: int | Sequence[int] | None = None, **kwargs):
+        """Draw; `seed` is one number for every prompt, or one per prompt."""
+        if seed is None or isinstance(seed, Integral):
+            return super().__call__(inputs, *args, **({} if seed is None else {"seed": seed}), **kwargs)
+        prompts = inputs if isinstance(inputs, list) else [inputs]
+        if len(seed) != len(prompts):
+            raise ValueError(f"{len(seed)} seeds were given for {len(prompts)} prompts.")
+        seeded = [{"prompt": prompt, "seed": own} for prompt, own in zip(prompts, seed)]
+        return super().__call__(seeded if isinstance(inputs, list) else seeded[0], *args, **kwargs)
+
+    def preprocess(self, prompt: str | dict, negative_prompt: str | None = None, seed: int | None = None):
+        if isinstance(prompt, dict):
+            prompt, seed = prompt["prompt"], prompt["seed"]
         inputs = {**_chat_inputs(self.processor, prompt), "prompt": prompt}
+        if seed is not None:
+            inputs["seed"] = int(seed)
         if negative_prompt is not None:
             negative = _chat_inputs(self.processor, negative_prompt)
             inputs["negative_prompt_ids"] = negative["input_ids"]
@@ -131,27 +150,35 @@ class TextToImagePipeline(Pipeline):
         return inputs
 
     def _forward(self, model_inputs, **drawing):
-        prompt = model_inputs.pop("prompt")
-        return {"output": self.model.generate(**model_inputs, generation_mode="image", **drawing), "prompt": prompt}
+        prompts, seeds = _as_list(model_inputs.pop("prompt")), model_inputs.pop("seed", None)
+        if seeds is not None:
+            drawing["seed"] = seeds = _as_list(seeds)
+        output = self.model.generate(**model_inputs, generation_mode="image", **drawing)
+        # A batch is taken apart again by its lists.
+        drawn = [
+            NextFlowImageOutput(images=[image], codes=[codes], grids=[grids])
+            for image, codes, grids in zip(output.images, output.codes, output.grids)
+        ]
+        return {"output": drawn, "prompt": prompts, "seed": seeds}
 
     def postprocess(self, model_outputs, refiner=None, refining: dict | None = None, seed: int | None = None):
-        output = model_outputs["output"]
+        ((output,), prompts, seeds) = (_as_list(model_outputs[name]) for name in ("output", "prompt", "seed"))
         if refiner is None:
             return self.processor.post_process_multimodal_output(output, generation_mode="image")[0]
         from .refining import refine_drawn
 
-        seeds = None if seed is None else [seed]
-        return refine_drawn(refiner, output, [model_outputs["prompt"]], seeds, **(refining or {}))[0]
+        if seeds == [None]:
+            seeds = None if seed is None else [seed]
+        return refine_drawn(refiner, output, prompts, seeds, **(refining or {}))[0]
 
 
-def _seed_of(drawing: dict) -> int | None:
-    """A seed for what follows drawing: the same, or one of the generator's, which is left as it is."""
-    seed, generator = drawing.get("seed"), drawing.get("generator")
-    if isinstance(seed, (list, tuple)) and len(seed) == 1:
-        seed = seed[0]
-    if isinstance(generator, torch.Generator):
-        seed = torch.randint(2**62, (), generator=generator.clone_state(), device=generator.device).item()
-    return seed if isinstance(seed, int) else None
+def _seed_of(generator: torch.Generator) -> int:
+    """A seed for what follows drawing; the generator is left as it is."""
+    return torch.randint(2**62, (), generator=generator.clone_state(), device=generator.device).item()
+
+
+def _as_list(value) -> list:
+    return value if isinstance(value, list) else [value]
 
 
 def _chat_inputs(processor, prompt: str, images=()) -> dict:

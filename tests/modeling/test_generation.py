@@ -314,6 +314,33 @@ def test_text_after_an_image_continues_its_time(cache):
     assert torch.equal(out, ids)
 
 
+def test_beams_and_further_answers_see_all_pictures_of_their_prompt():
+    """Prompts of two, no and one picture."""
+    model = small_model()
+    codes = torch.randint(32, (3, 30), generator=torch.Generator().manual_seed(0))
+    grids = torch.tensor([[(1, 1), (2, 2), (3, 3), (4, 4)]] * 3)
+    picture = [3, *[5] * 29, 4]
+    prompts = [[*picture, 9, *picture, 8], [7, 8, 9, 10, 11], [12, *picture, 13]]
+    mask = torch.tensor([[0] * (64 - len(own)) + [1] * len(own) for own in prompts])
+    images = {"image_codes": codes, "image_grids": grids}
+    settings = {"max_new_tokens": 5, "eos_token_id": -1, **images}
+    ids = torch.tensor([[0] * (64 - len(own)) + own for own in prompts])
+    greedy = model.generate(ids, attention_mask=mask, do_sample=False, **settings)
+    several = model.generate(ids, attention_mask=mask, do_sample=True, top_k=1, num_return_sequences=2, **settings)
+    assert torch.equal(several, greedy.repeat_interleave(2, dim=0))
+    together = model.generate(ids, attention_mask=mask, do_sample=False, num_beams=3, **settings)
+    for row, own in enumerate(([0, 1], [], [2])):
+        alone = {name: value[own] for name, value in images.items()} if own else {}
+        beams = model.generate(
+            ids[row : row + 1],
+            attention_mask=mask[row : row + 1],
+            do_sample=False,
+            num_beams=3,
+            **{**settings, "image_codes": None, "image_grids": None, **alone},
+        )
+        assert torch.equal(beams[0], together[row])
+
+
 def test_interleaved_alternates_and_stops():
     model = small_model()
     with torch.no_grad():

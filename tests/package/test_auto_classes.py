@@ -90,6 +90,20 @@ def test_text_to_image(checkpoint):
     many = pipe(["a red circle", "a star"], seed=3, image_size=(32, 32))
     assert one.size == (32, 32) and len(many) == 2
     assert np.array_equal(np.asarray(one), np.asarray(many[0]))
+    # Whatever the batch, and with a seed for each.
+    prompts = ["a red circle", "two blue stars at the top", "a star"]
+    for seed in (3, np.int64(3), [3, 4, 5]):
+        alone = pipe(prompts, seed=seed, image_size=(32, 32))
+        together = pipe(prompts, seed=seed, image_size=(32, 32), batch_size=2)
+        own = [seed] * 3 if isinstance(seed, (int, np.integer)) else seed
+        for prompt, number, *pictures in zip(prompts, own, alone, together):
+            expected = np.asarray(pipe(prompt, seed=[number], image_size=(32, 32)))
+            assert all(np.array_equal(np.asarray(picture), expected) for picture in pictures)
+    away = pipe(prompts, seed=3, image_size=(32, 32), negative_prompt="a square", guidance_scale=2.0)
+    batch = pipe(prompts, seed=3, image_size=(32, 32), negative_prompt="a square", guidance_scale=2.0, batch_size=3)
+    assert all(np.array_equal(np.asarray(own), np.asarray(other)) for own, other in zip(away, batch))
+    with pytest.raises(ValueError, match="2 seeds were given for 3 prompts"):
+        pipe(prompts, seed=[1, 2])
     with pytest.raises(ValueError, match="does not know"):
         pipe("a star", num_inference_steps=20)
 
