@@ -67,6 +67,9 @@ class DocumentReader:
         columns: Names of the columns where they are not the defaults.
         folder: Where relative paths of pictures start.
 
+    Attributes:
+        origin: What the documents are made from, as far as it is known: kind, columns, and a recipe's whole entry.
+
     Raises:
         ValueError: If there is no such kind, it has no such column, or the records lack one that it needs.
     """
@@ -81,6 +84,7 @@ class DocumentReader:
         self.records, self.kind = records, kind
         self.columns = {**{name: name for name in (*defaults, "id")}, **(columns or {})}
         self.folder = Path(folder)
+        self.origin: dict = {"kind": kind, "columns": self.columns}
         # How far a stream was read, and what is left of it.
         self._stream: tuple[int, Iterator[dict]] | None = None
         # A stream may not know its columns.
@@ -163,9 +167,14 @@ def load_reader(spec: dict) -> DocumentReader:
     Raises:
         ValueError: If the dataset cannot be loaded, or an entry is unknown.
     """
+    reader = _reader_of(dict(spec))
+    reader.origin = {**spec, **reader.origin}
+    return reader
+
+
+def _reader_of(spec: dict) -> DocumentReader:
     from .data import import_class
 
-    spec = dict(spec)
     kind, columns = spec.pop("kind", None), spec.pop("columns", None)
     folder = spec.pop("folder", spec.get("data_dir") or ".")
     if "class" in spec:

@@ -45,7 +45,7 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class ExtractionSettings:
-    """What decides a shard's content.
+    """What decides a shard's content, and when to give up.
 
     Attributes:
         resolution: Side of the square picture in pixels; pictures go to the aspect-ratio buckets of this level.
@@ -103,13 +103,15 @@ def extract(
         The manifest of each dataset.
 
     Raises:
-        ValueError: If the directory holds shards made otherwise, or too many records are broken.
+        ValueError: If the directory holds shards made otherwise or of other data, or too many records are broken.
     """
     directory = Path(directory)
     processes = all_processes()
     vq_model = vq_model.eval().to(processes.device)
     made_with = {**asdict(settings), "codebook_fingerprint": vq_model.fingerprint()}
-    _claim(directory, made_with, processes)
+    # More broken records may be allowed later: what is made stays as it is.
+    del made_with["max_broken"]
+    _claim(directory, made_with, {name: reader.origin for name, reader in readers.items()}, processes)
     manifests = {}
     for name, reader in readers.items():
         folder = directory / name
@@ -139,16 +141,16 @@ class _ShardWriter:
     def run(self, processes: PartialState) -> None:
         size = self.settings.shard_size
         total = None if self.reader.is_streamed else len(self.reader)
-        broken = sum(len(own["broken"]) for own in self._shards())
+        made = self._made(total)
+        broken = sum(len(own["broken"]) for own in made.values())
         shard = processes.process_index
         bar = tqdm(total=total, desc=f"extract {self.name}", unit="record", disable=not processes.is_main_process)
         while total is None or shard * size < total:
-            path = self.folder / f"shard-{shard:05d}.parquet"
-            if not path.is_file():
+            if shard not in made:
                 table = self._make(shard)
                 if table is None:
                     break
-                _write_table(path, table)
+                _write_table(self._path(shard), table)
                 newly = json.loads(table.schema.metadata[b"broken"])
                 broken += len(newly)
                 if newly and broken > self.settings.max_broken:
@@ -161,6 +163,49 @@ class _ShardWriter:
             bar.update((stop if total is None else min(stop, total)) - bar.n)
             shard += processes.num_processes
         bar.close()
+
+    def _made(self, total: int | None) -> dict[int, dict]:
+        """The shards that are there and whole, by number; one that was the last before the data grew is not.
+
+        Raises:
+            ValueError: If they are of other data: of more records, or of one that says something else.
+        """
+        size = self.settings.shard_size
+        shards = {int(own["file"][len("shard-") : -len(".parquet")]): own for own in self._shards()}
+        records = sum(own["records"] for own in shards.values())
+        if total is not None and records > total:
+            raise ValueError(
+                f"{self.folder} holds codes of {records} records, but {self.name!r} has {total}. Name another "
+                "directory."
+            )
+        if shards:
+            self._check_same(min(shards))
+        return {
+            number: own
+            for number, own in shards.items()
+            if total is None or own["records"] == min(size, total - number * size)
+        }
+
+    def _check_same(self, number: int) -> None:
+        """Refuse a shard of other data: its first document is asked for again."""
+        rows = pq.read_table(self._path(number), columns=["id", "messages"]).slice(0, 1).to_pylist()
+        if not rows:
+            return
+        size = self.settings.shard_size
+        for _, document in self.reader.read(number * size, (number + 1) * size):
+            if not isinstance(document, BrokenRecordError) and document.id == rows[0]["id"]:
+                found = document.messages
+                break
+        else:
+            found = None
+        if found != json.loads(rows[0]["messages"]):
+            raise ValueError(
+                f"{self.folder} holds codes of other data: its record {rows[0]['id']} is {rows[0]['messages']}, but "
+                f"{self.name!r} has {found}. Name another directory."
+            )
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"shard-{number:05d}.parquet"
 
     def _make(self, shard: int) -> pa.Table | None:
         """Shard number `shard`; `None` behind the end of a stream."""
@@ -270,18 +315,23 @@ class _ShardWriter:
         }
 
 
-def _claim(directory: Path, made_with: dict, processes: PartialState) -> None:
-    """Note what the directory's shards are made with, or refuse a directory whose shards were made otherwise."""
+def _claim(directory: Path, made_with: dict, origins: dict[str, dict], processes: PartialState) -> None:
+    """Note what the shards are made with and from, or refuse a directory whose shards were made otherwise."""
     path = directory / "settings.json"
-    if processes.is_main_process and not path.is_file():
-        directory.mkdir(parents=True, exist_ok=True)
-        _write_json(path, made_with)
+    before = json.loads(path.read_text()) if path.is_file() else {}
     processes.wait_for_everyone()
-    before = json.loads(path.read_text())
-    differing = sorted(name for name in made_with if before.get(name) != made_with[name])
-    if differing:
-        changes = ", ".join(f"{name} {before.get(name)} -> {made_with[name]}" for name in differing)
+    known, origins = before.get("data", {}), json.loads(json.dumps(origins))
+    pairs = [(name, before.get(name), own) for name, own in made_with.items() if before]
+    for name in known.keys() & origins.keys():
+        entries = sorted({*known[name], *origins[name]})
+        pairs += [(f"{name}: {entry}", known[name].get(entry), origins[name].get(entry)) for entry in entries]
+    changes = ", ".join(f"{name} {then} -> {now}" for name, then, now in pairs if then != now)
+    if changes:
         raise ValueError(f"{directory} holds codes made with other settings ({changes}). Name another directory.")
+    if processes.is_main_process:
+        directory.mkdir(parents=True, exist_ok=True)
+        _write_json(path, {**made_with, "data": {**known, **origins}})
+    processes.wait_for_everyone()
 
 
 def _write_table(path: Path, table: pa.Table) -> None:

@@ -259,6 +259,32 @@ def test_broken_records_are_left_out_and_named(tmp_path, vq_model):
     strict = ExtractionSettings(resolution=32, shard_size=4, max_broken=1)
     with pytest.raises(ValueError, match="more than max_broken=1"):
         extract({"dots": reader}, vq_model, tmp_path / "strict", strict)
+    # More may be broken, after all: what is made stays.
+    first = tmp_path / "strict" / "dots" / "shard-00000.parquet"
+    made = first.stat().st_mtime_ns
+    lenient = ExtractionSettings(resolution=32, shard_size=4, max_broken=3)
+    assert extract({"dots": reader}, vq_model, tmp_path / "strict", lenient)["dots"]["documents"] == 8
+    assert first.stat().st_mtime_ns == made
+
+
+def test_a_directory_of_other_data_is_refused_and_one_of_fewer_goes_on(tmp_path, vq_model):
+    def documents(records, kind="text_to_image", **more):
+        reader = DocumentReader(records, kind)
+        reader.origin.update(more)
+        manifest = extract({"dots": reader}, vq_model, tmp_path, SETTINGS)["dots"]
+        return [CodedDocuments(tmp_path / "dots")[index][0] for index in range(manifest["documents"])]
+
+    assert len(documents(captions(6), seed=1)) == 6
+    other = [{**own, "text": f"another {own['text']}"} for own in captions(6)]
+    for records, more, message in (
+        (captions(3), {"seed": 1}, "6 records, but 'dots' has 3"),
+        (other, {"seed": 1}, "codes of other data.*another dot 0"),
+        (captions(6), {"seed": 2}, "dots: seed 1 -> 2"),
+        (captions(6), {"seed": 1, "kind": "image_to_text"}, "dots: kind text_to_image -> image_to_text"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            documents(records, **more)
+    assert documents(captions(10), seed=1) == [f"dot-{index}" for index in range(10)]
 
 
 def test_a_directory_of_other_settings_is_refused(tmp_path, vq_model):
