@@ -8,7 +8,7 @@ The folder is what `datasets` calls an imagefolder: pictures, and a `metadata.js
 
 A run that was killed goes on by the same command. The result is a checkpoint like the one it started from:
 
-    nextflow-hf generate "a red circle" --checkpoint my_model/final --output circle.png
+    nextflow-hf generate "a red circle" --checkpoint my_model/final --output circle
 """
 
 import argparse
@@ -17,7 +17,8 @@ from pathlib import Path
 from nextflow_hf import MINI
 from nextflow_hf.inference import draw_prompts, load
 from nextflow_hf.training.recipe import Recipe
-from nextflow_hf.training.stages import is_done, run_recipe
+from nextflow_hf.training.stage_trainer import save_whole
+from nextflow_hf.training.stages import run_recipe
 
 
 def main() -> None:
@@ -36,10 +37,10 @@ def main() -> None:
     # 1. Every picture becomes codes, once.
     model, processor = load(args.checkpoint)
     start = args.output / "start"
-    if not start.is_dir():
-        model.save_pretrained(start)
-        processor.save_pretrained(start)
-        model.vq_model.save_pretrained(start / "vq")
+    if not (start / "made_from.txt").is_file():
+        save_whole(start, lambda folder: save_start(args.checkpoint, model, processor, Path(folder)))
+    if (begun := (start / "made_from.txt").read_text()) != args.checkpoint:
+        parser.error(f"{args.output} holds a run that began from {begun}; name another --output")
     resolution = processor.image_processor.resolution
     kinds = {"draw": "text_to_image", **({"describe": "image_to_text"} if args.captions else {})}
     extraction = Recipe(
@@ -51,8 +52,7 @@ def main() -> None:
         },
         stage_args={"resolution": resolution},
     )
-    if not is_done(extraction):
-        run_recipe(extraction)
+    run_recipe(extraction)
 
     # 2. Train on them.
     how = {"lora": {"r": args.lora, "lora_alpha": args.lora, "target_modules": LORA_TARGETS}} if args.lora else {}
@@ -93,6 +93,14 @@ def main() -> None:
         for number, picture in enumerate(draw_prompts(model, processor, args.prompt, list(range(len(args.prompt))))):
             picture.save(args.output / f"drawn-{number}.png")
             print(args.output / f"drawn-{number}.png", args.prompt[number])
+
+
+def save_start(name: str, model, processor, folder: Path) -> None:
+    """What training begins from: the checkpoint, and its image tokenizer by itself."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    model.vq_model.save_pretrained(folder / "vq")
+    (folder / "made_from.txt").write_text(name)
 
 
 # The decoder's layers and the connector; not the image tokenizer.

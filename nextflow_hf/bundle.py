@@ -169,7 +169,7 @@ def _drop_code(folder: Path) -> None:
     """Inside the package a checkpoint needs no copy of the code beside it."""
     for module in folder.glob("*.py"):
         module.unlink()
-    for name in ("config.json", "processor_config.json"):
+    for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             continue
         content = json.loads((folder / name).read_text())

@@ -261,7 +261,7 @@ def _edit(args: argparse.Namespace) -> None:
         raise ValueError(f"--output is a PNG file, got {args.output.name!r}.")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     picture = open_picture(str(args.picture))
-    mask = None if args.mask is None else open_picture(str(args.mask)).convert("L")
+    mask = None if args.mask is None else open_picture(str(args.mask), background="black")
     model, processor = load(args.checkpoint)
     if args.size is not None:
         check_trained_size(model, args.size)
@@ -340,11 +340,13 @@ def _evaluate(args: argparse.Namespace) -> None:
     refuse_benchmark_options(args)
     numbers = [default if getattr(args, name) is None else getattr(args, name) for name, default in _SCENES.items()]
     if args.output is not None:
+        if args.output.is_dir():
+            raise ValueError(f"--output of `evaluate scenes` is a JSON file, but {args.output} is a folder.")
         args.output.parent.mkdir(parents=True, exist_ok=True)
     result = evaluate_scenes(args.checkpoint, *numbers, args.seed, args.think, **_sampling(args))
+    print(table(result), flush=True)
     if args.output is not None:
         write_whole(args.output, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
-    print(table(result))
 
 
 def _convert(args: argparse.Namespace) -> None:

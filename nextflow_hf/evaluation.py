@@ -140,10 +140,15 @@ def evaluate_scenes(
     """Everything that is measured of a checkpoint on scenes, with every setting that moves a score.
 
     The first of the checkpoint's sizes is measured in full; of the others, drawing with one picture a prompt. `tests`
-    are those of each further ability ([`abilities`]); 0 leaves them out. With `thinks`, what concerns given pictures is
-    scored after a thought as well.
+    are those of each further ability ([`abilities`]); 0 leaves them out, and so do 0 `captions`. With `thinks`, what
+    concerns given pictures is scored after a thought as well.
+
+    Raises:
+        ValueError: If a checkpoint that does not think is to do so.
     """
     model, processor = load(checkpoint)
+    if thinks and model.config.abilities is not None and "interleaved" not in model.config.abilities:
+        raise ValueError(f"{checkpoint!r} does not think: it was trained for {sorted(model.config.abilities)}.")
     size, *other_sizes = _sizes(model)
     result = {
         "referee": calibrate(1000, size, seed),
@@ -157,7 +162,7 @@ def evaluate_scenes(
             )
             for own in other_sizes
         }
-    if model.config.abilities is None or "caption" in model.config.abilities:
+    if captions and (model.config.abilities is None or "caption" in model.config.abilities):
         result["captions"] = score_captions(model, processor, captions, seed=seed)
     if tests:
         tested = Tested(model, processor, size, tests, seed, thinks=thinks)

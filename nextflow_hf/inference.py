@@ -18,6 +18,8 @@ from .processing.processing_nextflow import THINK_CLOSING, THINK_OPENING, NextFl
 from .scenes import QUESTION
 
 Conversation = list[dict]
+# From this level on a mask is white: a lossy file has greys around what was drawn white.
+_WHITE = 128
 
 
 def load(
@@ -246,8 +248,8 @@ def edit_picture(
         picture: The picture. One of a size that the model was not trained for is first brought to the nearest such
             size: scaled to cover it, and cropped at the centre.
         instruction: What to do.
-        mask: White where the picture may change, of the picture's own size. Pixels further from it than one cell of the
-            finest scale are kept exactly.
+        mask: White (128 and more) where the picture may change, of the picture's own size; what is transparent is
+            black. Pixels further from it than one cell of the finest scale are kept exactly.
         seed: Seed of what is drawn.
         enable_thinking: Whether the model first writes down what is to be drawn.
         sampling: Goes to `generate`.
@@ -259,8 +261,9 @@ def edit_picture(
     if mask is not None:
         if mask.size != picture.size:
             raise ValueError(f"The mask has {mask.size} pixels (width, height), the picture {picture.size}.")
-        mask = fit_to_trained(model, mask.convert("L"), Image.Resampling.NEAREST)
-        if mask.getextrema()[1] == 0:
+        mask = to_rgb(mask, background="black").convert("L")
+        mask = fit_to_trained(model, mask, Image.Resampling.NEAREST)
+        if mask.getextrema()[1] < _WHITE:
             raise ValueError(
                 "Nothing of the mask is white, or what is was cropped away with the picture's border: mark what may "
                 f"change within the middle {mask.height}x{mask.width} part."
@@ -274,7 +277,7 @@ def edit_picture(
     if mask is None:
         sampling["image_size"] = (picture.height, picture.width)
     else:
-        sampling["mask"] = torch.from_numpy(np.array(mask)) > 0
+        sampling["mask"] = torch.from_numpy(np.array(mask)) >= _WHITE
     output = model.generate(**inputs, generation_mode="image", seed=seed, **sampling)
     return processor.post_process_multimodal_output(output, generation_mode="image")[0]
 

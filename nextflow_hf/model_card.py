@@ -42,7 +42,8 @@ draw("a red circle to the left of a blue square", seed=7).save("picture.png")
 draw("a star at the top right", image_size=(48, 80)).save("wide.png")
 ```
 
-Without the package, where transformers and diffusers are installed: `AutoModelForMultimodalLM.from_pretrained(...,
+Once more saved by `save_pretrained` or `push_to_hub`, model and processor carry their code, and load without the
+package, where transformers and diffusers are installed: `AutoModelForMultimodalLM.from_pretrained(...,
 trust_remote_code=True)` and `AutoProcessor.from_pretrained(..., trust_remote_code=True)`.
 
 ## How it was made

@@ -163,8 +163,8 @@ class NextFlowImageProcessing:
         return image[..., top : top + target[0], left : left + target[1]]
 
 
-def open_picture(source: str) -> Image.Image:
-    """The picture at a path or URL, or in base64 text, as 8-bit RGB.
+def open_picture(source: str, background: str = "white") -> Image.Image:
+    """The picture at a path or URL, or in base64 text, as 8-bit RGB; transparency is laid on `background`.
 
     Raises:
         ValueError: If there is none, or it is damaged or huge.
@@ -185,16 +185,17 @@ def open_picture(source: str) -> Image.Image:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"The picture {shown!r} cannot be read: {error}") from error
     with image:
-        return to_rgb(image)
+        return to_rgb(image, background=background)
 
 
-def to_rgb(image, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
-    """A picture in any usual form as 8-bit RGB, upright; transparency is laid on white.
+def to_rgb(image, input_data_format: str | ChannelDimension | None = None, background: str = "white") -> Image.Image:
+    """A picture in any usual form as 8-bit RGB, upright.
 
     Args:
         image: PIL image, or array or tensor of shape `(h, w)`, `(h, w, c)` or `(c, h, w)` with 1, 3 or 4 channels:
             8- or 16-bit unsigned integers, or floats in [0, 1].
         input_data_format: Where an array's channels are; guessed from the shape by default.
+        background: What transparency is laid on.
 
     Raises:
         ValueError: If it is not such a picture, is empty, huge or damaged, or holds NaN.
@@ -221,7 +222,7 @@ def to_rgb(image, input_data_format: str | ChannelDimension | None = None) -> Im
         image = _from_array(np.asarray(image), None)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
 
 

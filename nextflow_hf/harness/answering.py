@@ -12,12 +12,11 @@ class Answering:
 
     Args:
         checkpoint: "mini", a folder or a Hub id.
-        device: Where the model runs.
+        device: Where the model runs; by default on the accelerator, if there is one.
     """
 
-    def __init__(self, checkpoint: str, device: str = "cpu"):
-        self._model, self._processor = load(checkpoint)
-        self._model.to(device)
+    def __init__(self, checkpoint: str, device: str | None = None):
+        self._model, self._processor = load(checkpoint, device)
 
     def answer(self, conversations: Sequence[Conversation], max_new_tokens: int) -> list[str]:
         """The answer to each conversation; all are worked on at a time."""

@@ -40,7 +40,7 @@ def add_benchmark_parser(parser: argparse.ArgumentParser, size: Callable) -> Non
     group.add_argument("--sources", type=Path, help="folder of the source pictures that the prompt files name")
     group.add_argument("--size", type=size, help="HEIGHTxWIDTH in pixels")
     group.add_argument("--batch-size", type=int, help="pictures drawn at a time (16); moves no picture")
-    group.add_argument("--device", help='where the model runs ("cpu")')
+    group.add_argument("--device", help="where the model runs (the accelerator, if there is one)")
     group.add_argument("--rewritten-prompts", type=Path, help="JSON object: prompt -> what is drawn instead")
     group.add_argument("--judge-url", help="OpenAI-compatible endpoint, such as https://host/v1")
     group.add_argument("--judge-model", help="name of the judge there")

@@ -45,13 +45,12 @@ class CheckpointDrawer:
         checkpoint: "mini", a folder or a Hub id.
         size: (height, width) in pixels; `None` draws prompts at the checkpoint's first size, and edits of one picture
             at that picture's aspect ratio.
-        device: Where the model runs.
+        device: Where the model runs; by default on the accelerator, if there is one.
         sampling: Goes to `generate`.
     """
 
-    def __init__(self, checkpoint: str, size: tuple[int, int] | None = None, device: str = "cpu", **sampling):
-        self._model, self._processor = load(checkpoint)
-        self._model.to(device)
+    def __init__(self, checkpoint: str, size: tuple[int, int] | None = None, device: str | None = None, **sampling):
+        self._model, self._processor = load(checkpoint, device)
         self._size, self._sampling = size, sampling
 
     def settings(self) -> dict:

@@ -15,14 +15,14 @@ class NextFlowLmms(lmms):
 
     Args:
         pretrained: "mini", a folder or a Hub id.
-        device: Where the model runs.
+        device: Where the model runs; by default on the accelerator, if there is one.
         batch_size: Questions at a time.
         ignored: What lmms-eval passes to every model.
     """
 
     is_simple = False  # Questions come as conversations.
 
-    def __init__(self, pretrained: str = "mini", device: str = "cpu", batch_size: int | str = 1, **ignored):
+    def __init__(self, pretrained: str = "mini", device: str | None = None, batch_size: int | str = 1, **ignored):
         super().__init__()
         self._answering = Answering(pretrained, device)
         self._batch_size = int(batch_size)

@@ -14,13 +14,13 @@ class NextFlowVLM(BaseModel):
 
     Args:
         checkpoint: "mini", a folder or a Hub id.
-        device: Where the model runs.
+        device: Where the model runs; by default on the accelerator, if there is one.
         max_new_tokens: Longest answer.
     """
 
     INTERLEAVE = True
 
-    def __init__(self, checkpoint: str = "mini", device: str = "cpu", max_new_tokens: int = 128):
+    def __init__(self, checkpoint: str = "mini", device: str | None = None, max_new_tokens: int = 128):
         super().__init__()
         self._answering = Answering(checkpoint, device)
         self._max_new_tokens = max_new_tokens

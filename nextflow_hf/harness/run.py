@@ -41,7 +41,7 @@ def evaluate_benchmark(
     seed: int = 0,
     size: tuple[int, int] | None = None,
     batch_size: int = 16,
-    device: str = "cpu",
+    device: str | None = None,
     rewritten: Path | None = None,
     judge: Judge | None = None,
     template: Path | None = None,
@@ -67,7 +67,7 @@ def evaluate_benchmark(
         seed: With a prompt's and a sample's place the seed of a picture.
         size: (height, width) in pixels; by default the checkpoint's own, and for edits that of the source.
         batch_size: Pictures drawn at a time; moves no picture.
-        device: Where the model runs.
+        device: Where the model runs; by default on the accelerator, if there is one.
         rewritten: JSON object of rewritten prompts by prompt. They are drawn; judged is by the benchmark's own.
         judge: Who judges; without one, and without earlier verdicts, a judged benchmark has no scores.
         template: The judge's template file of the benchmark; ours by default.

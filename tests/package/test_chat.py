@@ -175,6 +175,26 @@ def test_masked_editing_keeps_the_rest_of_a_picture():
         edit_picture(model, processor, long, "make the circle blue", border)
 
 
+def test_transparency_of_a_mask_is_black_and_pale_greys_are_not_white(tmp_path, capsys):
+    model, processor = load("mini")
+    plain = Image.new("L", (64, 64))
+    plain.paste(255, (0, 0, 32, 32))
+    clear = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
+    clear.paste((255, 255, 255, 255), (0, 0, 32, 32))
+    grey = Image.new("L", (64, 64), 100)
+    grey.paste(255, (0, 0, 32, 32))
+    expected, *others = (
+        np.asarray(edit_picture(model, processor, PICTURE, "make the circle blue", mask, seed=1))
+        for mask in (plain, clear, grey)
+    )
+    assert all(np.array_equal(own, expected) for own in others)
+    PICTURE.save(tmp_path / "own.png")
+    clear.save(tmp_path / "mask.png")
+    command = ["edit", str(tmp_path / "own.png"), "make the circle blue", "--seed", "1", "--output"]
+    assert main([*command, str(tmp_path / "edited.png"), "--mask", str(tmp_path / "mask.png")]) == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "edited.png")), expected)
+
+
 def test_the_command_line_refuses_what_does_not_go_together(tmp_path, capsys):
     PICTURE.save(tmp_path / "own.png")
     own = str(tmp_path / "own.png")

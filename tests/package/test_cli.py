@@ -8,6 +8,7 @@ import nextflow_hf
 from nextflow_hf.cli import main
 from nextflow_hf.demo import contact_sheet
 from nextflow_hf.files import write_whole
+from nextflow_hf.inference import load
 
 SMALL_RUN = ["--prompts", "2", "--images", "1", "--captions", "4", "--tests", "2"]
 
@@ -70,6 +71,20 @@ def test_evaluate_writes_scores_and_every_setting(tmp_path, capsys):
     assert set(result["drawing"]) == {"overall", *nextflow_hf.scenes.CATEGORIES}
     assert all(0 <= own["low"] <= own["score"] <= own["high"] <= 1 for own in result["drawing"].values())
     assert "| drawing: overall |" in capsys.readouterr().out
+
+
+def test_evaluate_refuses_before_anything_is_drawn_and_may_leave_captions_out(tmp_path, capsys, monkeypatch):
+    assert main(["evaluate", "scenes", "--prompts", "1", "--images", "1", "--captions", "0", "--tests", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert "| drawing: overall |" in shown and "captions" not in shown
+    monkeypatch.setattr("nextflow_hf.evaluation.score_drawing", pytest.fail)
+    assert main(["evaluate", "scenes", "--output", str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
+    model, processor = load("mini")
+    model.config.abilities = ["image", "caption"]
+    monkeypatch.setattr("nextflow_hf.evaluation.load", lambda checkpoint: (model, processor))
+    assert main(["evaluate", "scenes", "--think"]) == 2
+    assert "does not think" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
