@@ -26,6 +26,7 @@ import torch
 from common import record, write_json
 from tqdm import tqdm
 
+from nextflow_hf.memory import keep_freed_memory
 from nextflow_hf.modeling.configuration_nextflow import NextFlowConfig, NextFlowVQConfig
 from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from nextflow_hf.training.packing import (
@@ -171,6 +172,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/packing.json"))
     args = parser.parse_args()
+    # Else the longer the rows, the longer the C library gives memory away and takes it back, as no accelerator does.
+    keep_freed_memory()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     config = build_config(args.width, args.layers)

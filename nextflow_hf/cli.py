@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from .files import save_picture, write_whole
 from .harness.command import add_benchmark_parser, refuse_benchmark_options, run_benchmark
 from .harness.formats import BENCHMARKS
+from .memory import keep_freed_memory
 
 _SCENES = {"prompts": 100, "images": 4, "captions": 500, "tests": 200}
 
@@ -20,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; a user's mistake is one line on standard error and exit code 2."""
     # Some CPUs announce AMX without running it; an upper bound that is harmless elsewhere.
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+    keep_freed_memory()
     parser = _parser()
     args, left = parser.parse_known_args(argv)
     if left and not (hasattr(args, "overrides") and all("=" in own and not own.startswith("-") for own in left)):

@@ -1,4 +1,7 @@
 import json
+import platform
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -61,6 +64,26 @@ def test_settings_of_a_recipe_may_stand_behind_options(monkeypatch):
         main(["train", "mini-grpo", "--thread-count", "1"])
     with pytest.raises(SystemExit):
         main(["describe", "picture.png", "a=b"])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere it does nothing")
+def test_freed_memory_is_taken_again_and_not_asked_for():
+    script = """
+import resource, torch
+from nextflow_hf.memory import keep_freed_memory
+counts = []
+for keep in (lambda: None, keep_freed_memory):
+    keep()
+    torch.ones(2**24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(2**24)
+    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(*counts)
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    without, kept = map(int, ran.stdout.split())
+    assert kept < without / 2
 
 
 def test_evaluate_writes_scores_and_every_setting(tmp_path, capsys):
