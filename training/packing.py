@@ -116,9 +116,11 @@ class PackedSequences(IterableDataset):
         window: Sequences looked at together.
         min_fill: Share of the capacity at which a bin counts as full.
         max_oversized: Share of the sequences that may be left out, each with a warning, as they are larger than a bin.
+        endless: Whether the sequences begin anew when they end, as a run that is resumed by skipping what it has seen
+            needs: a loader that ends would begin with the first bin.
 
     Raises:
-        ValueError: At iteration, if more sequences are larger than a bin.
+        ValueError: At iteration, if more sequences are larger than a bin, or an endless stream has none.
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class PackedSequences(IterableDataset):
         window: int = 256,
         min_fill: float = 0.9,
         max_oversized: float = 0.01,
+        endless: bool = False,
     ):
         if capacity <= 0 or window < 1 or not 0 <= min_fill <= 1 or not 0 <= max_oversized <= 1:
             raise ValueError(
@@ -138,13 +141,21 @@ class PackedSequences(IterableDataset):
             )
         self.sequences, self.capacity, self.size_of = sequences, capacity, size_of
         self.max_tokens, self.window, self.min_fill = max_tokens, window, min_fill
-        self.max_oversized = max_oversized
+        self.max_oversized, self.endless = max_oversized, endless
         # Asked here: a worker of a process cannot tell.
         processes = all_processes()
         self.process, self.processes = processes.process_index, processes.num_processes
 
     def __iter__(self) -> Iterator[Bin]:
-        return self._bins()
+        bins = self._bins()
+        while (own := next(bins, None)) is not None:
+            yield own
+            yield from bins
+            if not self.endless:
+                return
+            bins = self._bins()
+        if self.endless:
+            raise ValueError(f"Of {len(self.sequences)} sequences none is left for this process to pack.")
 
     def _own(self) -> Iterator[dict]:
         """The sequences that this process' worker takes in turn: it makes no others."""

@@ -382,7 +382,7 @@ def _mixed_data(recipe: Recipe, builder: SequenceBuilder, documents: list[CodedD
     size_of = tokens_of
     if unit == "flops":
         size_of = SequenceCost(builder.config, packing.pop("attention_weight", 1.0))
-    return PackedSequences(sequences, size_of=size_of, **packing), collate_packed
+    return PackedSequences(sequences, size_of=size_of, endless=True, **packing), collate_packed
 
 
 def _save(model, tokenizer, folder: Path) -> None:

@@ -109,6 +109,15 @@ def test_processes_and_their_workers_share_the_sequences():
     assert sorted(found) == list(range(60))
 
 
+def test_an_endless_stream_begins_anew_and_one_of_nothing_is_refused():
+    items = [{**text_of(10 + number), "id": number} for number in range(20)]
+    once = [[item["id"] for item in own.items] for own in PackedSequences(items, capacity=100, window=8)]
+    endless = iter(PackedSequences(items, capacity=100, window=8, endless=True))
+    assert [[item["id"] for item in next(endless).items] for _ in range(2 * len(once) + 1)] == [*once, *once, once[0]]
+    with pytest.raises(ValueError, match="none is left for this process"):
+        next(iter(PackedSequences([], capacity=100, endless=True)))
+
+
 def test_rows_are_bounded_whatever_they_cost():
     bins = list(PackedSequences([text_of(10)] * 50, capacity=1e9, max_tokens=35, window=20))
     assert {len(own.items) for own in bins} <= {1, 2, 3} and sum(len(own.items) for own in bins) == 50
