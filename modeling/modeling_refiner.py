@@ -66,6 +66,8 @@ class NextFlowRefinerModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             gives what is left in units of its standard deviation: a small base is faithful from the first step on.
         caption_vocab_size (`int`, *optional*): Tokens of a caption that the model embeds itself, for a base without
             text encoders.
+        no_caption_tokens (`int`, defaults to 1): So many zeros stand for no caption; as many as captions had in
+            training, as joint attention tells how many there are.
     """
 
     _supports_gradient_checkpointing = True
@@ -87,6 +89,7 @@ class NextFlowRefinerModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         image_condition: bool = True,
         image_error: float | None = None,
         caption_vocab_size: int | None = None,
+        no_caption_tokens: int = 1,
     ):
         super().__init__()
         if base_class not in BASES:
@@ -311,7 +314,7 @@ class NextFlowRefinerModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 states = torch.cat([states, own.to(states.dtype)], dim=1)
                 mask = None if mask is None else F.pad(mask, (1, 0), value=1)
         if states is None:
-            return sample.new_zeros(batch, 1, self.text_dim), None
+            return sample.new_zeros(batch, self.config.no_caption_tokens, self.text_dim), None
         if len(states) != batch or states.shape[-1] != self.text_dim:
             raise ValueError(
                 f"The caption's states must have the shape ({batch}, tokens, {self.text_dim}), got "

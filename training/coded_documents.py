@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
+from .documents import is_learned
 from .sequences import CodedImage, SequenceBuilder
 
 # Items whose order is drawn at a time.
@@ -142,8 +143,10 @@ class MixedSequences(Dataset):
             messages = [{**answered, "role": "user"}, {**asked, "role": "assistant"}]
             # A picture that is looked at is fed what was stored as its input, and learned no more.
             images = [own._replace(codes=own.input_codes) for own in images]
-        answers_with_a_picture = messages[-1]["role"] == "assistant" and any(
-            part["type"] == "image" for part in messages[-1]["content"]
+        answers_with_a_picture = (
+            messages[-1]["role"] == "assistant"
+            and is_learned(messages[-1])
+            and any(part["type"] == "image" for part in messages[-1]["content"])
         )
         without_prompt = answers_with_a_picture and rng.random() < self.prompt_dropout
         # Where text and pictures take turns, drawing cannot know that a picture is the last: a few are shown, so that

@@ -12,12 +12,14 @@ Every method below that overrides TRL's says which of these it serves.
 """
 
 import asyncio
+import logging
 import math
-import queue
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -27,6 +29,8 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from ..modeling.scale_schedule import Grid
+
+logger = logging.getLogger(__name__)
 
 COMPLETIONS = ("picture", "answer", "thought")
 ON_REWARD_ERROR = ("raise", "skip")
@@ -123,8 +127,8 @@ class NextFlowGRPOTrainer(GRPOTrainer):
     Datasets, reward functions, logging, PEFT and checkpoints are TRL's. A reward function is called with `prompts`,
     `drawn` (PIL pictures, one per prompt; `None` for a thought that ended without one, and for answers),
     `completions` (what was said) and the dataset's columns. Prompts are conversations, or texts (then of the
-    user's turn); where the dataset has an `images` column, its pictures stand before the text (editing); all of one
-    size.
+    user's turn). Where the dataset has an `images` column they are conversations, and its pictures, all of one size,
+    stand before the text (editing).
 
     Args:
         model: A `NextFlowForConditionalGeneration` or a path.
@@ -155,6 +159,13 @@ class NextFlowGRPOTrainer(GRPOTrainer):
                 raise ValueError(
                     f"`{name}` has no place here: a completion is one answer of the model's own `generate`."
                 )
+        dataset = kwargs.get("train_dataset")
+        if "images" in (getattr(dataset, "column_names", None) or ()) and isinstance(
+            next(iter(dataset))["prompt"], str
+        ):
+            raise ValueError(
+                'Where a dataset has `images`, its prompts are conversations: [{"role": "user", "content": "..."}].'
+            )
         if args.completion != "answer" and any(isinstance(own, (str, nn.Module)) for own in funcs):
             raise ValueError("A model that rewards text cannot see pictures; give a function that looks at `drawn`.")
         if args.completion != "picture" and region_func is not None:
@@ -610,47 +621,56 @@ class GuardedReward:
                 raise RewardError(
                     f"The reward {self.__name__!r} failed for the prompts {_short(ids)}: {error!r}"
                 ) from error
+            logger.warning("The reward %r failed for the prompts %s: %r", self.__name__, _short(ids), error)
             self.failed = [True] * len(prompts)
             return [None] * len(prompts)
         self.failed = [own is not None and not math.isfinite(own) for own in rewards]
-        if any(self.failed) and self.on_error == "raise":
+        if any(self.failed):
             named = _short([own for own, failed in zip(ids, self.failed) if failed])
             found = [own for own, failed in zip(rewards, self.failed) if failed]
-            raise RewardError(f"The reward {self.__name__!r} is {found} for the prompts {named}.")
+            if self.on_error == "raise":
+                raise RewardError(f"The reward {self.__name__!r} is {found} for the prompts {named}.")
+            logger.warning("The reward %r is %s for the prompts %s", self.__name__, found, named)
         return [None if failed else own for own, failed in zip(rewards, self.failed)]
 
 
 def within(timeout: float | None, function: Callable, **kwargs):
     """What a function returns, asynchronous or not.
 
+    Asynchronous ones share one event loop, in a thread of its own, so that a client made in the first call serves the
+    later ones, and a notebook's own loop may run.
+
     Raises:
         TimeoutError: If that takes longer than `timeout` seconds. A function that hangs is left behind, and ends with
             the process.
     """
-    call = function
     if is_async_callable(function):
+        answer = asyncio.run_coroutine_threadsafe(function(**kwargs), _reward_loop())
+    elif timeout is None:
+        return function(**kwargs)
+    else:
+        answer = Future()
 
-        def call(**kwargs):
-            return asyncio.run(function(**kwargs))
+        def work():
+            answer.set_running_or_notify_cancel()
+            try:
+                answer.set_result(function(**kwargs))
+            except Exception as error:
+                answer.set_exception(error)
 
-    if timeout is None:
-        return call(**kwargs)
-    results: queue.Queue = queue.Queue()
+        threading.Thread(target=work, daemon=True).start()
+    # What the function raises is raised here, a TimeoutError of its own, too.
+    if not wait([answer], timeout).done:
+        answer.cancel()
+        raise TimeoutError(f"no answer within {timeout} s")
+    return answer.result()
 
-    def work():
-        try:
-            results.put((call(**kwargs), None))
-        except Exception as error:
-            results.put((None, error))
 
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        result, error = results.get(timeout=timeout)
-    except queue.Empty as empty:
-        raise TimeoutError(f"no answer within {timeout} s") from empty
-    if error is not None:
-        raise error
-    return result
+@lru_cache(maxsize=1)
+def _reward_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    return loop
 
 
 def _short(ids: list, most: int = 8) -> str:

@@ -48,12 +48,10 @@ class DatasetPictures:
 
     def prompt(self, index: int, rng: np.random.Generator) -> str:
         """One of the wordings that come with picture `index`."""
-        texts = [
-            part["text"]
-            for turn in self._document(index).messages
-            for part in turn["content"]
-            if part["type"] == "text"
-        ]
+        turns = self._document(index).messages
+        # Where a turn answers with words, they are about the picture, and what was asked may be anything.
+        answers = [turn for turn in turns if turn["role"] == "assistant"]
+        texts = [part["text"] for turn in (*answers, *turns) for part in turn["content"] if part["type"] == "text"]
         wordings = texts[0] if isinstance(texts[0], list) else texts[:1]
         return wordings[rng.integers(len(wordings))]
 

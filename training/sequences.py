@@ -71,7 +71,8 @@ class SequenceBuilder:
                 ...} and {"type": "image"}. Loss is on the turns of the assistant but those whose `weight` is 0. A
                 single turn without a role is a document without turns, with loss on everything.
             images: The pictures, in order.
-            without_prompt: Leave out all that stands before the last turn, for classifier-free guidance.
+            without_prompt: Leave out all text that stands before the last turn, for classifier-free guidance. Pictures
+                stay, as in the branch of `generate` that knows no prompt.
             shows_last: Whether a picture that is all of the last turn shows its finest codes, as one does that
                 something may follow.
 
@@ -85,9 +86,9 @@ class SequenceBuilder:
         ends_drawing = not shows_last and [part["type"] for part in _parts(messages[-1])] == ["image"]
         if without_prompt:
             answer = {**messages[-1], "role": None}
-            kept = sum(part["type"] == "image" for part in _parts(answer))
-            turn = [*_marked(answer), ("<|im_end|>", True)]
-            return self._join([turn], images[len(images) - kept :], opens=False, ends_drawing=ends_drawing)
+            seen = len(images) - sum(part["type"] == "image" for part in _parts(answer))
+            turns = [[(None, False)] * seen, [*_marked(answer), ("<|im_end|>", True)]]
+            return self._join(turns, images, opens=False, ends_drawing=ends_drawing)
         turns = []
         for number, turn in enumerate(messages):
             learned = is_learned(turn)

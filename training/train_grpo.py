@@ -21,7 +21,8 @@ def train_grpo(recipe: Recipe) -> None:
     `weight`, and `args` where it is a class), `region_func` ("module:name"), `lora` (arguments of
     `peft.LoraConfig`; the result has the adapter in `adapter` and is merged in `final`), and `blend`: `final` lies this
     far on the way from the weights of the start (0) to those after training (1, the default), which gives up a part of
-    the reward for what was not rewarded (WiSE-FT, arXiv 2109.01903). A run that was killed goes on.
+    the reward for what was not rewarded (WiSE-FT, arXiv 2109.01903). `dtype` of the weights: float32, in which small
+    steps are not lost; below `lora` the checkpoint's own. A run that was killed goes on.
 
     Raises:
         ImportError: If TRL is not installed.
@@ -40,6 +41,9 @@ def train_grpo(recipe: Recipe) -> None:
     # Before rewards load models: each process takes its own accelerator.
     all_processes()
     arguments = zero_arguments(recipe.trainer)
+    if "deepspeed" in arguments:
+        # TRL's default on an accelerator, by which DeepSpeed would round the weights; `zero_arguments` has read ours.
+        arguments["bf16"] = False
     if isinstance(config := arguments.get("deepspeed"), dict):
         check_zero(config)
         if config.get("zero_optimization", {}).get("stage") == 3:
@@ -51,7 +55,8 @@ def train_grpo(recipe: Recipe) -> None:
     if not 0 < blend <= 1:
         raise ValueError(f"`blend` must lie in (0, 1], got {blend}.")
     weights = [float(own.get("weight", 1.0)) for own in stage["rewards"]]
-    model = AutoModelForMultimodalLM.from_pretrained(recipe.init_from["decoder"])
+    dtype = stage.get("dtype", "auto" if "lora" in stage else "float32")
+    model = AutoModelForMultimodalLM.from_pretrained(recipe.init_from["decoder"], dtype=dtype)
     # With the optimizer's two moments a checkpoint has three times the weights.
     taken = {"output_dir", "reward_weights"} & set(recipe.trainer)
     if taken:
@@ -77,6 +82,8 @@ def train_grpo(recipe: Recipe) -> None:
         train_dataset=Dataset.from_list([rows[index] for index in range(len(rows))]),
         peft_config=peft_config,
     )
+    if trainer.is_deepspeed_enabled:
+        check_zero(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
     checkpoint = _last_checkpoint(output)
     state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)) if checkpoint else None
     was_finished = state is not None and state.global_step >= trainer.args.max_steps > 0
@@ -92,7 +99,7 @@ def train_grpo(recipe: Recipe) -> None:
         trained = trained.merge_and_unload()
     trained.requires_grad_(True)
     if blend < 1:
-        start = AutoModelForMultimodalLM.from_pretrained(recipe.init_from["decoder"]).state_dict()
+        start = AutoModelForMultimodalLM.from_pretrained(recipe.init_from["decoder"], dtype=dtype).state_dict()
         with torch.no_grad():
             for name, own in trained.named_parameters():
                 own.copy_(torch.lerp(start[name].to(own), own, blend))

@@ -69,8 +69,8 @@ def train_refiner(recipe: Recipe) -> None:
     * `doubled`: share of the pictures that are painted at twice the size that the tokenizer sees;
     * `caption_dropout`: share without a caption;
     * `gradient_checkpointing`: whether activations are computed again instead of kept;
-    * `supersampling`: of the pipeline;
-    * `shift`: of the scheduler, above 1 for more steps in the noise.
+    * `supersampling`: of the pipeline (1, or of the refiner that goes on);
+    * `shift`: of the scheduler, above 1 for more steps in the noise (1, or of the refiner that goes on).
 
     The source's pictures are of twice the size that the tokenizer sees.
 
@@ -93,6 +93,7 @@ def train_refiner(recipe: Recipe) -> None:
 
     # 1. The denoiser, its latents and its captions.
     tokenizer, vae, texts = None, None, None
+    shift, supersampling = 1.0, 1
     if "tokenizer" in recipe.init_from:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(recipe.init_from["tokenizer"])
     config = {
@@ -106,6 +107,7 @@ def train_refiner(recipe: Recipe) -> None:
     if "refiner" in recipe.init_from:
         earlier = NextFlowRefinerPipeline.from_pretrained(recipe.init_from["refiner"])
         model, vae, tokenizer = earlier.refiner, earlier.vae, earlier.tokenizer
+        shift, supersampling = earlier.scheduler.config.shift, earlier.config.supersampling
         own = {name: model.config[name] for name in ("semantic_dim", "pixel_dim", "feature_dim")}
         if own != {name: config[name] for name in own}:
             raise ValueError(f"The refiner was made for codes of {own}, the tokenizer's are {config}.")
@@ -124,6 +126,8 @@ def train_refiner(recipe: Recipe) -> None:
         for part in base.components.values():
             if isinstance(part, torch.nn.Module):
                 part.eval().requires_grad_(False)
+        with torch.no_grad():
+            model.register_to_config(no_caption_tokens=_states(texts, [""], "cpu")["encoder_hidden_states"].shape[1])
     if "lora" in stage:
         from peft import LoraConfig
 
@@ -135,14 +139,14 @@ def train_refiner(recipe: Recipe) -> None:
             parameter.data = parameter.data.float()
     if stage.get("gradient_checkpointing"):
         model.enable_gradient_checkpointing()
-    shift = stage.get("shift", 1.0)
+    shift = stage.get("shift", shift)
     pipeline = NextFlowRefinerPipeline(
         model,
         FlowMatchEulerDiscreteScheduler(shift=shift),
         vq_model,
         vae=vae,
         tokenizer=tokenizer,
-        supersampling=stage.get("supersampling", 1),
+        supersampling=stage.get("supersampling", supersampling),
     )
 
     # 2. Velocities of the flow from the picture to noise.

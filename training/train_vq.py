@@ -123,8 +123,9 @@ def train_vq(recipe: Recipe) -> None:
     pictures, by the codes that are there and more, so that a decoder that draws with these goes on drawing), or
     "decoder" (the pixel decoder alone); `new_codebook`: false where the joint phase goes on with the codes that are
     there; `keep_weight`: how firmly the phase "extend" keeps what the encoder says of pictures that were shown well
-    before. `init_from`: `teacher` (in the phases "pixel" and "joint"), and `vq` to go on from. `config` may name
-    another `vq.codebook_size` in the phases "joint" and "extend".
+    before. `init_from`: `teacher` (in the phases "pixel" and "joint"), and `vq` to go on from. Of a tokenizer that goes
+    on, `config` changes what weighs in its losses, `vq.scale_dropout`, `vq.dead_code_threshold`, and, in the phases
+    "joint" and "extend", `vq.codebook_size`.
     """
     phase = recipe.stage_args.get("phase", "joint")
     if phase not in _TRAINED_PARTS:
@@ -141,9 +142,7 @@ def train_vq(recipe: Recipe) -> None:
     teacher = Siglip2VisionModel.from_pretrained(recipe.init_from["teacher"], vision_use_head=False)
     teacher.requires_grad_(False).eval()
     if "vq" in recipe.init_from:
-        model = NextFlowVQModel.from_pretrained(recipe.init_from["vq"])
-        for name, value in recipe.config.items():
-            setattr(model.config, name.removeprefix("vq."), value)
+        model = _going_on(recipe)
         if model.codebook.size != model.config.codebook_size:
             if phase != "joint":
                 raise ValueError('Only the phase "joint" makes a new codebook; leave `vq.codebook_size` out.')
@@ -197,9 +196,7 @@ def _extend(recipe: Recipe, source: PairSource) -> None:
     """Learn other pictures without forgetting: the semantic branch and the codes that are there stay as they are."""
     # 1. The tokenizer, with new codes where those that are there fit worst if there are to be more, and as it was.
     before = NextFlowVQModel.from_pretrained(recipe.init_from["vq"]).eval().requires_grad_(False)
-    model = NextFlowVQModel.from_pretrained(recipe.init_from["vq"])
-    for name, value in recipe.config.items():
-        setattr(model.config, name.removeprefix("vq."), value)
+    model = _going_on(recipe)
     if model.config.codebook_size < before.codebook.size:
         raise ValueError(f'The phase "extend" keeps {before.codebook.size} codes; name a larger `vq.codebook_size`.')
     model.codebook = DualCodebook(model.config)
@@ -231,6 +228,17 @@ def _extend(recipe: Recipe, source: PairSource) -> None:
 
     model = run_stage(recipe, model, PictureDataset(source), _collate, loss, [CodebookCallback()])
     _save(model, recipe)
+
+
+def _going_on(recipe: Recipe) -> NextFlowVQModel:
+    """The tokenizer of the stage before, with the entries of `config` that its weights do not depend on."""
+    entries = {name.removeprefix("vq."): value for name, value in recipe.config.items()}
+    if {*entries} - _FREE_ENTRIES:
+        raise ValueError(f"A tokenizer that goes on changes {sorted(_FREE_ENTRIES)} alone, not {sorted(entries)}.")
+    model = NextFlowVQModel.from_pretrained(recipe.init_from["vq"])
+    for name, value in entries.items():
+        setattr(model.config, name, value)
+    return model
 
 
 def _freeze_all_but(model: NextFlowVQModel, phase: str) -> None:
@@ -276,6 +284,8 @@ def _mean_losses(outputs: list[NextFlowVQOutput], pictures: list[int]) -> NextFl
 _START_PICTURES = 256
 # Mean squared error in [-1, 1] of a picture that a tokenizer shows well: 27 dB.
 _SHOWN_WELL = 0.008
+# What of the configuration may change while the weights are kept.
+_FREE_ENTRIES = {"codebook_size", "commitment_weight", "dead_code_threshold", "scale_dropout", "semantic_weight"}
 # What of the configuration the pixel decoder's own phase may change.
 _DECODER_ENTRIES = {"decoder_channels", "decoder_layers", "scale_dropout"}
 _PIXEL_PARTS = {"pixel_encoder", "pixel_proj", "post_pixel_proj", "pixel_decoder"}

@@ -276,6 +276,37 @@ def test_an_asynchronous_reward_is_guarded_too():
             GuardedReward(own)(prompts=["a", "b", "c", "d"])
 
 
+def test_asynchronous_rewards_share_a_loop_whatever_else_runs():
+    """A client belongs to the loop in which it was made; a notebook has one of its own."""
+    loops = []
+
+    async def judge(prompts, **columns):
+        loops.append(asyncio.get_running_loop())
+        return [1.0] * len(prompts)
+
+    async def notebook():
+        return GuardedReward(judge, timeout=5)(prompts=["a"])
+
+    reward = GuardedReward(judge)
+    assert reward(prompts=["a"]) == reward(prompts=["b"]) == asyncio.run(notebook()) == [1.0]
+    assert len({id(own) for own in loops}) == 1
+
+    async def hangs(prompts, **columns):
+        await asyncio.sleep(100)
+
+    with pytest.raises(RewardError, match="no answer within"):
+        GuardedReward(hangs, timeout=0.1)(prompts=["a"])
+
+
+def test_a_reward_that_is_left_out_is_told(caplog):
+    def typo(prompts, **columns):
+        return undefined  # noqa: F821
+
+    assert GuardedReward(typo, "skip")(prompts=["a"]) == [None]
+    assert GuardedReward(lambda prompts, **columns: [math.nan], "skip")(prompts=["b"]) == [None]
+    assert "'typo' failed for the prompts a: NameError" in caplog.text and "is [nan] for the prompts b" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["raises", "is slow", "is no number"])
 def test_a_reward_that_fails_names_its_prompts_or_is_left_out(checkpoint, tmp_path, kind):
     def broken(prompts, drawn, id, **columns):

@@ -126,6 +126,26 @@ def test_without_a_prompt_only_the_picture_is_left(builder):
     assert sequence["labels"][0] == -100
 
 
+def test_without_a_prompt_pictures_that_were_given_stay(builder_of):
+    """In an edit guidance's other branch sees them in `generate`, and no words."""
+    builder = builder_of(context_image="final", levels=(3, 4))
+    pictures = [CodedImage(codes_of(), SQUARE)] * 2
+    edit = [
+        {"role": "user", "content": [IMAGE, {"type": "text", "text": "dot 1"}]},
+        {"role": "assistant", "content": [IMAGE]},
+    ]
+    own = builder.build(edit, pictures, without_prompt=True)
+    whole = builder.build(edit, pictures)
+    prompt = whole["input_ids"][: len(whole["input_ids"]) - 29 - 3]
+    model = NextFlowForConditionalGeneration(builder.config)
+    ids, mask = model._unconditional(torch.tensor([prompt]), torch.ones(1, len(prompt), dtype=torch.long), None, None)
+    seen = ids[mask > 0].tolist()
+    assert seen.count(builder.config.image_token_id) == 16
+    assert own["input_ids"] == [*seen, *whole["input_ids"][-29 - 3 :]]
+    assert [set(labels) == {-100} for labels in own["image_labels"]] == [True, False]
+    assert own["labels"][: len(seen)] == [-100] * len(seen)
+
+
 def test_a_prefix_stops_after_its_last_slot(builder):
     prefix = SequenceBuilder(builder.tokenizer, builder.config, prefix_scales=3).draw(None, codes_of(), SQUARE)
     assert len(prefix["input_ids"]) == 1 + 4 + 9
@@ -386,6 +406,25 @@ def test_a_codebook_grows_in_the_joint_phase_alone(tmp_path):
     assert NextFlowVQModel.from_pretrained(tmp_path / "grown" / "final").codebook.size == 48
     recipe.output_dir, recipe.stage_args = str(tmp_path / "other"), {"phase": "pixel"}
     with pytest.raises(ValueError, match='phase "joint" makes a new codebook'):
+        run_recipe(recipe)
+
+
+@pytest.mark.parametrize("phase", ["pixel", "joint", "extend"])
+@pytest.mark.parametrize("entry", ["decoder_channels", "pixel_distance_weight", "sides"])
+def test_a_tokenizer_that_goes_on_keeps_what_its_weights_were_made_for(phase, entry, tmp_path):
+    """Else it would be trained as it was, and saved as what it is not."""
+    vq_model = small_model().vq_model
+    vq_model.save_pretrained(tmp_path / "vq")
+    vq_model.semantic_encoder.save_pretrained(tmp_path / "teacher")
+    recipe = Recipe(
+        stage="vq",
+        output_dir=str(tmp_path / "run"),
+        init_from={"teacher": str(tmp_path / "teacher"), "vq": str(tmp_path / "vq")},
+        source={"class": "dots:Dots", "pictures": 300},
+        config={f"vq.{entry}": getattr(vq_model.config, entry)},
+        stage_args={"phase": phase},
+    )
+    with pytest.raises(ValueError, match="A tokenizer that goes on changes"):
         run_recipe(recipe)
 
 
@@ -693,6 +732,12 @@ def test_the_decoder_trains_on_packed_documents_of_extracted_datasets(train_on_c
     folder = train_on_codes("whole", 4, **packed)
     shutil.rmtree(train_on_codes("parted", 2, **packed) / "final")
     whole, parted = weights_in(folder), weights_in(train_on_codes("parted", 4, **packed))
+    assert all(torch.equal(whole[name], parted[name]) for name in whole)
+    # A break after all sequences were seen once: a few of them fill a row or two.
+    few = {**packed, "sequences": 6}
+    again = train_on_codes("again", 8, **few)
+    shutil.rmtree(train_on_codes("broken", 6, **few) / "final")
+    whole, parted = weights_in(again), weights_in(train_on_codes("broken", 8, **few))
     assert all(torch.equal(whole[name], parted[name]) for name in whole)
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     assert {"text_loss", "image_loss", "scale_4_loss"} <= log[0].keys()
