@@ -67,6 +67,8 @@ def block_varlen_attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     kwargs.pop("is_causal", None)
+    # A static cache is longer than what it holds.
+    key, value = (own if own.shape[2] == query.shape[2] else own[:, :, : query.shape[2]] for own in (key, value))
     attend = partial(sdpa_attention_forward, module, scaling=scaling, dropout=dropout, **kwargs)
     # Split everywhere, not sliced: the gradient of a slice is filled up to all that it was cut from, once a run.
     rows = zip(query.split(1), key.split(1), value.split(1), runs)

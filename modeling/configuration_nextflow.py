@@ -220,7 +220,7 @@ class NextFlowConfig(PreTrainedConfig):
 
     model_type = "nextflow"
     sub_configs = {"text_config": AutoConfig, "vq_config": NextFlowVQConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "image_loss_per_scale"]
+    keys_to_ignore_at_inference = ["past_key_values", "text_loss", "image_loss", "image_loss_per_scale"]
 
     text_config: dict | PreTrainedConfig | None = None
     vq_config: dict | PreTrainedConfig | None = None

@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .chunked_cross_entropy import is_plain
-from .image_layout import block_positions, find_images, layout_sequences, read_grids
+from .image_layout import block_positions, cached_time_offsets, find_images, layout_sequences, read_grids
 from .masked_editing import KeptPicture, check_mask
 from .scale_schedule import Grid, all_blocks
 
@@ -282,12 +282,21 @@ class NextScaleGenerationMixin(GenerationMixin):
             raise ValueError(f"`generation_mode` must be one of {GENERATION_MODES}, got {mode!r}.")
         if inputs is not None:
             kwargs["input_ids"] = inputs
+        pixels = kwargs.get("pixel_values")
+        if pixels is not None and kwargs.get("image_grids") is None:
+            grids = self.config.schedule.grids_for_size(*pixels.shape[-2:])
+            kwargs["image_grids"] = torch.tensor([grids] * len(pixels), device=pixels.device)
         has_images = any(kwargs.get(name) is not None for name in ("pixel_values", "image_codes"))
         self._check_abilities(mode, has_images)
         if mode == "text":
             processors = LogitsProcessorList([_TextVocabulary(self.config, images=False)])
             processors.extend(kwargs.pop("logits_processor", None) or [])
             return super().generate(logits_processor=processors, **kwargs)
+        peft_model = getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", None)
+        if getattr(getattr(peft_model, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError(
+                "Learned prompts (prompt and prefix tuning) reach text alone: drawing would ignore them. Use LoRA."
+            )
         if mode == "image":
             if kwargs.get("best_of") is not None or kwargs.get("scorer") is not None:
                 return self._best_images(**kwargs)
@@ -298,18 +307,20 @@ class NextScaleGenerationMixin(GenerationMixin):
         """Images go in once; later text takes up the time at which they left it."""
         images = {name: kwargs.pop(name, None) for name in _IMAGE_INPUTS}
         model_inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if images["image_grids"] is None:
-            return model_inputs
-        if is_first_iteration or not kwargs.get("use_cache", True):
-            model_inputs.pop("position_ids", None)
-            # Pictures make their own mask; for a static cache transformers has made one of text.
-            return {**model_inputs, **images, "attention_mask": kwargs.get("attention_mask")}
-        grids = read_grids(images["image_grids"])
-        spans = find_images(input_ids, grids, self.config)
-        saved = torch.zeros(len(input_ids), 1, dtype=torch.long, device=input_ids.device)
-        for span in spans:
-            saved[span.row] += span.num_slots - span.num_blocks
-        model_inputs["position_ids"] = model_inputs["position_ids"] - saved
+        if images["image_grids"] is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
+            # Those that a cache holds already have gone in.
+            cache = model_inputs.get("past_key_values")
+            cached = 0 if cache is None else int(cache.get_seq_length())
+            spans = find_images(input_ids, read_grids(images["image_grids"]), self.config)
+            new = [place for place, span in enumerate(spans) if span.start >= cached]
+            if new:
+                model_inputs.pop("position_ids", None)
+                images = {name: None if own is None else own[new] for name, own in images.items()}
+                # Pictures make their own mask; for a static cache transformers has made one of text.
+                return {**model_inputs, **images, "attention_mask": kwargs.get("attention_mask")}
+        offsets = cached_time_offsets(model_inputs.get("past_key_values"), len(input_ids))
+        if offsets is not None and model_inputs.get("position_ids") is not None:
+            model_inputs["position_ids"] = model_inputs["position_ids"] - offsets[:, None]
         return model_inputs
 
     def _expand_inputs_for_generation(

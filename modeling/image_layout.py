@@ -153,23 +153,30 @@ def layout_sequences(
     image_grids: Sequence[tuple[Grid, ...]],
     config: NextFlowConfig,
     document_ids: torch.LongTensor | None = None,
+    past_length: int = 0,
+    past_offsets: torch.LongTensor | None = None,
 ) -> SequenceLayout:
     """Positions and blocks of `(batch, length)` sequences of text and images. Padding may stand on either side.
 
     Args:
         input_ids: `(batch, length)`.
-        attention_mask: `(batch, length)`, 0 at padding.
+        attention_mask: `(batch, past_length + length)`, 0 at padding.
         image_grids: Scales of each image, in order of row and column.
         config: The decoder's configuration.
         document_ids: `(batch, length)` for packed rows: positions start anew with every document.
+        past_length: Positions that a cache holds of these sequences already.
+        past_offsets: `(batch,)` how many ticks of time fewer they took.
     """
     device = input_ids.device
     # Everything is laid out on the CPU, and goes to an accelerator at once.
     input_ids = input_ids.cpu()
     spans = find_images(input_ids, image_grids, config)
     if document_ids is None:
-        valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to("cpu", torch.long)
-        time = (valid.cumsum(1) - 1).clamp(min=0)
+        whole = (len(input_ids), past_length + input_ids.shape[1])
+        valid = torch.ones(whole) if attention_mask is None else attention_mask.cpu()
+        time = (valid.long().cumsum(1) - 1).clamp(min=0)[:, past_length:]
+        if past_offsets is not None:
+            time = time - past_offsets.cpu()[:, None]
         document_starts = torch.zeros_like(input_ids)
     else:
         document_starts = _document_starts(document_ids.cpu())
@@ -199,6 +206,15 @@ def layout_sequences(
         position_ids[:, *places] = torch.cat([offsets[:1] + start_times, offsets[1:]])
         block_ids[places] = numbers + (blocks.cumsum(0) - blocks).repeat_interleave(slots)
     return SequenceLayout(spans, position_ids.to(device), block_ids.to(device), time_offsets.to(device))
+
+
+def cached_time_offsets(cache, rows: int) -> torch.LongTensor | None:
+    """`(rows,)` how many positions more than ticks of time the pictures of a cache took; `None` without any."""
+    offsets = getattr(cache, "time_offsets", None)
+    if offsets is None or int(cache.get_seq_length()) == 0:
+        return None
+    # A prompt's cache may have been repeated for several answers.
+    return offsets if len(offsets) == rows else offsets.repeat_interleave(rows // len(offsets))
 
 
 def positions_in_documents(document_ids: torch.LongTensor) -> torch.LongTensor:

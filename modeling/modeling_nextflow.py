@@ -26,7 +26,14 @@ from .block_attention import BLOCK_VARLEN, find_runs
 from .chunked_cross_entropy import chunked_cross_entropy, chunked_log_probs
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextScaleGenerationMixin
-from .image_layout import ImageSpan, SequenceLayout, layout_sequences, positions_in_documents, read_grids
+from .image_layout import (
+    ImageSpan,
+    SequenceLayout,
+    cached_time_offsets,
+    layout_sequences,
+    positions_in_documents,
+    read_grids,
+)
 from .modeling_nextflow_vq import NextFlowVQModel, OwnsImageTokenizer
 from .scale_schedule import Grid
 
@@ -307,7 +314,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
             attention_mask: `(batch, past + length)`, 0 at padding.
             position_ids: `(3, batch, length)` time, row and column; made from the inputs by default. Text alone may
                 be given as `(batch, length)`.
-            past_key_values: The key-value cache.
+            past_key_values: The key-value cache. It also tells how much time its pictures took: what comes behind it,
+                text or pictures, goes on from there.
             inputs_embeds: `(batch, length, hidden_size)` instead of `input_ids`; images are found by the embeddings of
                 their tokens, unless `input_ids` stand beside it.
             block_sequence_ids: `(batch, past + length)` block of each position, -1 for causal ones; made from the
@@ -323,6 +331,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
             _check_documents(document_ids, inputs_embeds if input_ids is None else input_ids, past_key_values)
             attention_mask = (document_ids >= 0).long()
         layout = None
+        past_length = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        offsets = cached_time_offsets(past_key_values, len(input_ids if inputs_embeds is None else inputs_embeds))
         has_images = image_codes is not None or pixel_values is not None
         if inputs_embeds is None:
             inputs_embeds = self.language_model.embed_tokens(input_ids)
@@ -339,18 +349,20 @@ class NextFlowModel(NextFlowPreTrainedModel):
                     self._check_grids(own, grids.index(own))
             if len(image_codes) != len(grids):
                 raise ValueError(f"Codes of {len(image_codes)} images were given, but grids of {len(grids)}.")
-            layout = layout_sequences(input_ids, attention_mask, grids, self.config, document_ids)
+            layout = layout_sequences(input_ids, attention_mask, grids, self.config, document_ids, past_length, offsets)
             inputs_embeds = self.embed_images(inputs_embeds, layout.spans, image_codes)
             position_ids = layout.position_ids if position_ids is None else position_ids
-            block_sequence_ids = layout.block_ids if block_sequence_ids is None else block_sequence_ids
-        elif input_ids is not None and past_key_values is None and (input_ids == self.config.image_token_id).any():
+            if block_sequence_ids is None:
+                block_sequence_ids = F.pad(layout.block_ids, (past_length, 0), value=-1)
+        elif input_ids is not None and past_length == 0 and (input_ids == self.config.image_token_id).any():
             raise ValueError("The text holds image placeholders, but neither `pixel_values` nor `image_codes` came.")
         elif self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
             inputs_embeds = inputs_embeds + self._no_image(inputs_embeds.device).to(inputs_embeds.dtype)
 
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = _text_positions(inputs_embeds, attention_mask, past_length, document_ids)
+            if offsets is not None:
+                position_ids = position_ids - offsets[:, None]
         mask = self._attention_mask(
             inputs_embeds, attention_mask, past_key_values, block_sequence_ids, document_ids, kwargs
         )
@@ -362,6 +374,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
+        if layout is not None and outputs.past_key_values is not None:
+            # Kept with what they belong to, as a cache may serve a later call.
+            outputs.past_key_values.time_offsets = layout.time_offsets + (0 if offsets is None else offsets)
         return NextFlowModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
@@ -451,6 +466,19 @@ class NextFlowForConditionalGeneration(OwnsImageTokenizer, NextFlowPreTrainedMod
         self.model = NextFlowModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
+        """As in transformers; refuses sizes without room for the image codes, which are the last rows.
+
+        New tokens need no more rows: those between the tokenizer's length and `config.code_start_id` are free.
+        """
+        rows = self.config.code_start_id + self.config.vq_config.codebook_size
+        if new_num_tokens is not None and new_num_tokens < rows:
+            raise ValueError(
+                f"{new_num_tokens} rows would cut off image codes, which end with row {rows}. Tokens up to "
+                f"{self.config.code_start_id} need no resizing; `nextflow_hf.training.vocabulary` makes room for more."
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     @can_return_tuple
     def forward(

@@ -150,6 +150,16 @@ class DualCodebook(nn.Module):
         # Codes before this one stay as they are while the others are trained. Training only.
         self.num_frozen = 0
 
+    def _apply(self, fn, recurse: bool = True):
+        """As `nn.Module`'s, but `half()` and `bfloat16()` leave codes as they are: decoders know them by their hash."""
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            rounds = moved.is_floating_point() and moved.dtype.itemsize < tensor.dtype.itemsize
+            return tensor.to(moved.device) if rounds else moved
+
+        return super()._apply(keep, recurse)
+
     @property
     def size(self) -> int:
         """Number of codes."""
@@ -769,6 +779,12 @@ class OwnsImageTokenizer:
         """As in transformers; refuses a checkpoint whose tokenizer is not the one its decoder was trained with."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        placed = getattr(model, "hf_device_map", {})
+        if placed and model.vq_model.device.type == "meta":
+            raise ValueError(
+                f"The device map {placed} leaves the image tokenizer where it cannot be used. It is small: place "
+                "`model.vq_model` on a device, and let layers of `model.language_model` go elsewhere."
+            )
         model.check_vq_model()
         # Loaded weights are trainable, whatever they were when the model was made.
         model.vq_model.requires_grad_(False)

@@ -6,6 +6,7 @@ from numbers import Integral
 
 import torch
 from transformers import AnyToAnyPipeline, GenerationConfig, Pipeline
+from transformers.utils import ModelOutput
 
 from .modeling.configuration_nextflow import NextFlowConfig
 from .modeling.generation_nextflow import NextFlowImageOutput
@@ -30,8 +31,9 @@ _DRAWING_ARGUMENTS = (
 class NextFlowAnyToAnyPipeline(AnyToAnyPipeline):
     """transformers' any-to-any pipeline; for NextFlow models it needs no torchvision.
 
-    With a NextFlow model, `generation_mode="image"` treats plain text as a user's turn, and drawing arguments
-    (`image_size`, `seed`, `guidance_scale`, ...) may be given by name. Other models are served as before.
+    With a NextFlow model, `generation_mode="image"` treats plain text (or each of a list) as a user's turn, behind its
+    `images`; `negative_prompt` and drawing arguments (`image_size`, `seed`, `guidance_scale`, ...) may be given by
+    name. Other models are served as before.
     """
 
     def __init__(self, *args, **kwargs):
@@ -54,13 +56,42 @@ class NextFlowAnyToAnyPipeline(AnyToAnyPipeline):
         preprocess["as_chat"] = True
         return preprocess, forward, postprocess
 
-    def preprocess(self, inputs=None, as_chat: bool = False, **kwargs):
-        plain = {"text": inputs} if isinstance(inputs, str) else inputs
-        if not as_chat or not isinstance(plain, dict) or not isinstance(plain["text"], str):
+    def preprocess(self, inputs=None, as_chat: bool = False, negative_prompt: str | None = None, **kwargs):
+        if not as_chat:
             return super().preprocess(inputs, **kwargs)
-        images = plain.get("images")
-        images = images if isinstance(images, (list, tuple)) else [] if images is None else [images]
-        return {**_chat_inputs(self.processor, plain["text"], images), "text": plain["text"]}
+        if kwargs:
+            raise ValueError(
+                f"An any-to-any pipeline that draws does not know {sorted(kwargs)}; it takes "
+                f"{('negative_prompt', *_DRAWING_ARGUMENTS)}, and what else `generate` takes as `generate_kwargs`."
+            )
+        plain = {"text": inputs} if isinstance(inputs, (str, list)) else inputs
+        if isinstance(plain, dict):
+            model_inputs = {**_plain_inputs(self.processor, plain["text"], plain.get("images")), "text": plain["text"]}
+        else:
+            model_inputs = super().preprocess(inputs)
+        if negative_prompt is not None:
+            negative = _chat_inputs(self.processor, [(negative_prompt, ())] * len(model_inputs["input_ids"]))
+            model_inputs["negative_prompt_ids"] = negative["input_ids"]
+            model_inputs["negative_prompt_attention_mask"] = negative["attention_mask"]
+        return model_inputs
+
+    def _forward(self, model_inputs, generate_kwargs=None):
+        generate_kwargs = dict(generate_kwargs or {})
+        if isinstance(generate_kwargs.get("seed"), Integral):
+            # Of every prompt, whatever the batch.
+            generate_kwargs["seed"] = [generate_kwargs["seed"]] * len(model_inputs["input_ids"])
+        outputs = super()._forward(model_inputs, generate_kwargs)
+        if isinstance(outputs["generated_sequence"], NextFlowImageOutput):
+            outputs["generated_sequence"] = _one_by_one(outputs["generated_sequence"])
+        return outputs
+
+    def postprocess(self, model_outputs, **kwargs):
+        drawn = _as_list(model_outputs["generated_sequence"])
+        # A pipeline makes plain outputs of ours.
+        if isinstance(drawn[0], ModelOutput):
+            together = NextFlowImageOutput(images=[image for own in drawn for image in own.images])
+            model_outputs = {**model_outputs, "generated_sequence": together}
+        return super().postprocess(model_outputs, **kwargs)
 
     def _prepare_generate_kwargs(self, generate_kwargs):
         if generate_kwargs.get("generation_mode", "text") != "text":
@@ -140,11 +171,11 @@ class TextToImagePipeline(Pipeline):
     def preprocess(self, prompt: str | dict, negative_prompt: str | None = None, seed: int | None = None):
         if isinstance(prompt, dict):
             prompt, seed = prompt["prompt"], prompt["seed"]
-        inputs = {**_chat_inputs(self.processor, prompt), "prompt": prompt}
+        inputs = {**_chat_inputs(self.processor, [(prompt, ())]), "prompt": prompt}
         if seed is not None:
             inputs["seed"] = int(seed)
         if negative_prompt is not None:
-            negative = _chat_inputs(self.processor, negative_prompt)
+            negative = _chat_inputs(self.processor, [(negative_prompt, ())])
             inputs["negative_prompt_ids"] = negative["input_ids"]
             inputs["negative_prompt_attention_mask"] = negative["attention_mask"]
         return inputs
@@ -154,12 +185,7 @@ class TextToImagePipeline(Pipeline):
         if seeds is not None:
             drawing["seed"] = seeds = _as_list(seeds)
         output = self.model.generate(**model_inputs, generation_mode="image", **drawing)
-        # A batch is taken apart again by its lists.
-        drawn = [
-            NextFlowImageOutput(images=[image], codes=[codes], grids=[grids])
-            for image, codes, grids in zip(output.images, output.codes, output.grids)
-        ]
-        return {"output": drawn, "prompt": prompts, "seed": seeds}
+        return {"output": _one_by_one(output), "prompt": prompts, "seed": seeds}
 
     def postprocess(self, model_outputs, refiner=None, refining: dict | None = None, seed: int | None = None):
         ((output,), prompts, seeds) = (_as_list(model_outputs[name]) for name in ("output", "prompt", "seed"))
@@ -181,16 +207,47 @@ def _as_list(value) -> list:
     return value if isinstance(value, list) else [value]
 
 
-def _chat_inputs(processor, prompt: str, images=()) -> dict:
-    """A prompt, behind the pictures it speaks of, as a user's turn that awaits an answer."""
-    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": prompt}]
+def _one_by_one(output: NextFlowImageOutput) -> list[NextFlowImageOutput]:
+    """What was drawn as a list, by which a pipeline takes a batch apart."""
+    return [
+        NextFlowImageOutput(images=[image], codes=[codes], grids=[grids])
+        for image, codes, grids in zip(output.images, output.codes, output.grids)
+    ]
+
+
+def _plain_inputs(processor, text: str | list[str], images=None) -> dict:
+    """A prompt with the pictures it speaks of, or several with the picture or pictures of each."""
+    if isinstance(text, str):
+        return _chat_inputs(processor, [(text, [] if images is None else _listed(images))])
+    images = [None] * len(text) if images is None else _listed(images)
+    if len(images) != len(text):
+        raise ValueError(f"Pictures for {len(images)} prompts were given with {len(text)} prompts.")
+    return _chat_inputs(processor, [(one, [] if own is None else _listed(own)) for one, own in zip(text, images)])
+
+
+def _listed(images) -> list:
+    return list(images) if isinstance(images, (list, tuple)) else [images]
+
+
+def _chat_inputs(processor, prompts: list[tuple]) -> dict:
+    """Prompts, each behind the pictures it speaks of, as users' turns that await an answer."""
+    conversations = [
+        [
+            {
+                "role": "user",
+                "content": [*({"type": "image", "image": own} for own in images), {"type": "text", "text": text}],
+            }
+        ]
+        for text, images in prompts
+    ]
     return dict(
         processor.apply_chat_template(
-            [{"role": "user", "content": content}],
+            conversations,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
             add_generation_prompt=True,
+            processor_kwargs={"padding": True},
         )
     )
 

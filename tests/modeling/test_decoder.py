@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -429,3 +431,74 @@ def test_a_preset_has_as_many_codes_as_its_tokenizer():
 def test_refuses_configurations_that_cannot_be(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# ---- behind a cache --------------------------------------------------------------------------------------------------
+
+
+def parted(model, attention: str, cut: int, pictures_before: int):
+    """Scores of two rows, one left-padded, at once and in two parts, the second behind the cache of the first."""
+    model.set_attn_implementation(attention)
+    codes = torch.randint(32, (4, 30), generator=torch.Generator().manual_seed(0))
+    grids = torch.tensor([[(1, 1), (2, 2), (3, 3), (4, 4)]] * 4)
+    picture = [3, *[5] * 29, 4]
+    ids = torch.tensor([[0, 0, 7, *picture, 8, 9, *picture, 10], [6, 7, 8, *picture, 8, 9, *picture, 11]])
+    mask = (torch.arange(ids.shape[1]) >= torch.tensor([[2], [0]])).long()
+    # Pictures come in order of row and column.
+    early, late = [0, 2][: 2 * pictures_before], [1, 3] if pictures_before else [0, 1, 2, 3]
+    whole = model(input_ids=ids, attention_mask=mask, image_codes=codes, image_grids=grids).logits
+    first = {"image_codes": codes[early], "image_grids": grids[early]} if early else {}
+    cache = model(input_ids=ids[:, :cut], attention_mask=mask[:, :cut], use_cache=True, **first).past_key_values
+    second = {"image_codes": codes[late], "image_grids": grids[late]}
+    rest = model(input_ids=ids[:, cut:], attention_mask=mask, past_key_values=cache, use_cache=True, **second).logits
+    return whole[:, cut:], rest
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "block_varlen"])
+@pytest.mark.parametrize(("cut", "pictures_before"), [(3, 0), (35, 1)])
+def test_pictures_behind_a_cache_are_seen_as_in_one_pass(attention, cut, pictures_before):
+    whole, rest = parted(small_model().to(torch.float64), attention, cut, pictures_before)
+    # Eager attention takes its softmax in float32.
+    torch.testing.assert_close(rest, whole, atol=1e-5 if attention == "eager" else 1e-9, rtol=0)
+
+
+def test_text_behind_the_cache_of_a_picture_goes_on_in_its_time():
+    """Token by token, as a loop of one's own decodes, with no position given."""
+    model = small_model().to(torch.float64)
+    codes = torch.randint(32, (1, 30), generator=torch.Generator().manual_seed(0))
+    images = {"image_codes": codes, "image_grids": torch.tensor([[(1, 1), (2, 2), (3, 3), (4, 4)]])}
+    ids = torch.tensor([[7, 3, *[5] * 29, 4, 8, 9, 10]])
+    whole = model(input_ids=ids, **images).logits
+    output = model(input_ids=ids[:, :32], use_cache=True, **images)
+    for place in range(32, 35):
+        output = model(input_ids=ids[:, place : place + 1], past_key_values=output.past_key_values, use_cache=True)
+        torch.testing.assert_close(output.logits[:, 0], whole[:, place], atol=1e-9, rtol=0)
+    # A second turn, by `generate`, with the first one's cache: with the pictures given again, and without.
+    prompt = torch.tensor([[7, 3, *[5] * 29, 4, 8]])
+    turn = torch.cat([prompt, torch.tensor([[12, 13]])], dim=1)
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1}
+    expected = model.generate(turn, **images, **settings)
+    for again in ({}, images):
+        cache = model(input_ids=prompt, use_cache=True, **images).past_key_values
+        assert torch.equal(model.generate(turn, past_key_values=cache, **again, **settings), expected)
+
+
+def test_codes_stay_exact_in_half_precision(tmp_path):
+    model = small_model()
+    before = model.vq_model.fingerprint()
+    model.config.codebook_fingerprint = before
+    for narrow in (torch.float16, torch.bfloat16):
+        own = copy.deepcopy(model).to(narrow)
+        assert own.vq_model.fingerprint() == before and own.lm_head.weight.dtype == narrow
+        own.save_pretrained(tmp_path / str(narrow))
+        assert type(model).from_pretrained(tmp_path / str(narrow)).vq_model.fingerprint() == before
+
+
+def test_a_vocabulary_may_grow_and_keeps_its_codes():
+    model = small_model()
+    ids = torch.tensor([[7, 8, 9]])
+    before = model(input_ids=ids).logits
+    model.resize_token_embeddings(106)
+    torch.testing.assert_close(model(input_ids=ids).logits[..., :96], before)
+    with pytest.raises(ValueError, match="would cut off image codes"):
+        model.resize_token_embeddings(80)

@@ -341,6 +341,31 @@ def test_beams_and_further_answers_see_all_pictures_of_their_prompt():
         assert torch.equal(beams[0], together[row])
 
 
+def test_pixels_alone_tell_their_scales():
+    model = small_model()
+    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    ids = torch.tensor([[7, 3, *[5] * 29, 4, 8]])
+    grids = torch.tensor([[(1, 1), (2, 2), (3, 3), (4, 4)]])
+    settings = {"pixel_values": pixels, "max_new_tokens": 5, "do_sample": False, "eos_token_id": -1}
+    for more in ({}, {"num_beams": 2}):
+        told = model.generate(ids, image_grids=grids, **settings, **more)
+        assert torch.equal(model.generate(ids, **settings, **more), told)
+    with pytest.raises(ValueError, match="image placeholders, but neither"):
+        model.generate(ids, max_new_tokens=2)
+
+
+def test_learned_prompts_are_refused_where_they_would_be_ignored():
+    from peft import PromptTuningConfig, get_peft_model
+
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = get_peft_model(small_model(), config)
+    ids = torch.tensor([[7, 8]])
+    assert model.generate(input_ids=ids, max_new_tokens=2, eos_token_id=-1).shape == (1, 4)
+    for mode in ("image", "interleaved"):
+        with pytest.raises(ValueError, match="reach text alone"):
+            model.generate(input_ids=ids, generation_mode=mode)
+
+
 def test_interleaved_alternates_and_stops():
     model = small_model()
     with torch.no_grad():

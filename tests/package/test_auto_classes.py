@@ -77,6 +77,34 @@ def test_any_to_any_draws_for_a_chat(checkpoint):
     assert (record[0] if isinstance(record, list) else record)["generated_image"].size == (32, 32)
 
 
+def test_any_to_any_draws_lists_in_batches_and_refuses_what_it_does_not_know(checkpoint):
+    pipe = pipeline("any-to-any", model=str(checkpoint))
+    drawing = {"generation_mode": "image", "seed": 3, "image_size": (32, 32)}
+    prompts = ["a red circle", "two blue stars at the top", "a star"]
+    before = Image.new("RGB", (32, 32), "red")
+
+    def pictures(*args, **kwargs):
+        records = pipe(*args, **drawing, **kwargs)
+        flat = [own for record in records for own in (record if isinstance(record, list) else [record])]
+        return [np.asarray(own["generated_image"], int) for own in flat]
+
+    alone = [pictures(prompt)[0] for prompt in prompts]
+    # Rounding may move a level.
+    assert np.abs(np.stack(pictures(prompts)) - alone).max() <= 1
+    batches = pictures([{"text": prompt} for prompt in prompts], batch_size=2)
+    assert np.abs(np.stack(batches) - alone).max() <= 1
+    edits = [pictures(text=prompt, images=before)[0] for prompt in prompts]
+    assert np.abs(np.stack(pictures(text=prompts, images=[before] * 3)) - edits).max() <= 1
+    guided = [pictures(prompts[0], guidance_scale=20.0, **own)[0] for own in ({}, {"negative_prompt": "two squares"})]
+    assert not np.array_equal(*guided)
+    for call, message in (
+        (lambda: pictures("a star", num_inference_steps=3), "does not know"),
+        (lambda: pictures(text=prompts, images=[before]), "Pictures for 1 prompts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_any_to_any_answers_about_a_picture(checkpoint):
     pipe = pipeline("any-to-any", model=str(checkpoint))
     content = [{"type": "image", "image": Image.new("RGB", (32, 32))}, {"type": "text", "text": "what is it"}]
