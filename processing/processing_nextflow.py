@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .image_processing_base_nextflow import NextFlowImageProcessorKwargs
@@ -81,7 +82,7 @@ class NextFlowProcessor(ProcessorMixin):
         self._special_tokens = re.compile("|".join(re.escape(token) for token in special))
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE, **kwargs)
 
-    def __call__(self, images=None, text=None, **kwargs):
+    def __call__(self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs) -> BatchFeature:
         """Text with pictures -> tensors for the model, as in transformers.
 
         Raises:
