@@ -374,7 +374,24 @@ def test_pictures_are_cut_to_their_aspect_ratio_and_broken_ones_replaced(tmp_pat
         DatasetPictures({**spec, "streaming": True}, resolution=64, preset=preset)
 
 
+def test_a_picture_s_caption_is_the_answer_and_not_the_question(tmp_path):
+    records = [{"image": png(i), "question": "what is it?", "text": f"dot {i}"} for i in range(2)]
+    datasets.Dataset.from_list(records).to_parquet(tmp_path / "a.parquet")
+    spec = {"kind": "image_to_text", "path": "parquet", "data_files": str(tmp_path / "a.parquet")}
+    pictures = DatasetPictures(spec, resolution=64, preset="nextflow-mini")
+    assert pictures.prompt(1, np.random.default_rng(0)) == "dot 1"
+
+
 # ---- mixing ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_that_is_not_learned_keeps_its_prompt(tmp_path, vq_model, builder):
+    turns = [{"role": "user", "content": "draw"}, {"role": "assistant", "content": [{"type": "image"}], "weight": 0}]
+    records = [{"messages": turns, "images": [picture(index)]} for index in range(4)]
+    extract({"dots": DocumentReader(records, "messages")}, vq_model, tmp_path, SETTINGS)
+    mixed = MixedSequences([CodedDocuments(tmp_path / "dots")], [1], builder, length=20, prompt_dropout=1.0)
+    for index in range(20):
+        assert {*mixed[index]["labels"], *mixed[index]["image_labels"][0]} == {-100}
 
 
 def test_datasets_are_mixed_by_weight_in_an_order_of_their_own(tmp_path, vq_model, builder):

@@ -298,6 +298,19 @@ def test_asynchronous_rewards_share_a_loop_whatever_else_runs():
         GuardedReward(hangs, timeout=0.1)(prompts=["a"])
 
 
+def test_texts_with_pictures_are_refused_before_anything_is_drawn(checkpoint, tmp_path):
+    from transformers import AutoModelForMultimodalLM
+
+    rows = Dataset.from_list([{"prompt": "make it blue", "images": ["a.png"]}])
+    with pytest.raises(ValueError, match="its prompts are conversations"):
+        NextFlowGRPOTrainer(
+            AutoModelForMultimodalLM.from_pretrained(checkpoint),
+            bright,
+            args=NextFlowGRPOConfig(output_dir=str(tmp_path), use_cpu=True),
+            train_dataset=rows,
+        )
+
+
 def test_a_reward_that_is_left_out_is_told(caplog):
     def typo(prompts, **columns):
         return undefined  # noqa: F821
