@@ -38,7 +38,7 @@ def main() -> None:
     model, processor = load(args.checkpoint)
     start = args.output / "start"
     if not (start / "made_from.txt").is_file():
-        save_whole(start, lambda folder: save_start(args.checkpoint, model, processor, Path(folder)))
+        save_whole(start, lambda folder: save_start(args.checkpoint, model, processor, folder))
     if (begun := (start / "made_from.txt").read_text()) != args.checkpoint:
         parser.error(f"{args.output} holds a run that began from {begun}; name another --output")
     resolution = processor.image_processor.resolution

@@ -191,14 +191,12 @@ class _ShardWriter:
         rows = pq.read_table(self._path(number), columns=["id", "messages"]).slice(0, 1).to_pylist()
         if not rows:
             return
-        size = self.settings.shard_size
+        size, found = self.settings.shard_size, None
         for _, document in self.reader.read(number * size, (number + 1) * size):
             if not isinstance(document, BrokenRecordError) and document.id == rows[0]["id"]:
-                found = document.messages
+                found = _written(document)
                 break
-        else:
-            found = None
-        if found != json.loads(rows[0]["messages"]):
+        if found != rows[0]["messages"]:
             raise ValueError(
                 f"{self.folder} holds codes of other data: its record {rows[0]['id']} is {rows[0]['messages']}, but "
                 f"{self.name!r} has {found}. Name another directory."
@@ -225,7 +223,7 @@ class _ShardWriter:
         rows = [
             {
                 "id": document.id,
-                "messages": json.dumps(document.messages, ensure_ascii=False),
+                "messages": _written(document),
                 "codes": [own.codes for own in images],
                 "input_codes": [own.input_codes for own in images],
                 "grids": [own.grids for own in images],
@@ -313,6 +311,11 @@ class _ShardWriter:
             "broken": broken,
             "shards": shards,
         }
+
+
+def _written(document: Document) -> str:
+    """A document's words as a shard has them."""
+    return json.dumps(document.messages, ensure_ascii=False)
 
 
 def _claim(directory: Path, made_with: dict, origins: dict[str, dict], processes: PartialState) -> None:
