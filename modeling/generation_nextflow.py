@@ -229,6 +229,11 @@ class _PictureLater(LogitsProcessor):
 
 
 _IMAGE_INPUTS = ("pixel_values", "image_codes", "image_grids")
+# What `generate` takes for one picture, and not for those between texts.
+_IMAGE_MODE_ONLY = (
+    *("generator", "mask", "prefix_codes", "resampling", "best_of", "scorer"),
+    *("negative_prompt_ids", "negative_prompt_attention_mask", "callback_on_scale_end", "streamer"),
+)
 
 
 class NextScaleGenerationMixin(GenerationMixin):
@@ -241,15 +246,16 @@ class NextScaleGenerationMixin(GenerationMixin):
         Args:
             inputs: `input_ids` of the prompts, left-padded; may be given by name as well.
             generation_mode: `"text"` (default), `"image"` or `"interleaved"`.
-            kwargs: In `"text"` mode, those of transformers' `generate`. In the others the prompts (`input_ids`,
-                `attention_mask`, and `pixel_values` or `image_codes` with `image_grids` for images they hold) and:
+            kwargs: In `"text"` mode, those of transformers' `generate`. In `"interleaved"` mode these for its text, and
+                `image_size`, `seed`, `max_images` (pictures per prompt at most; 8 by default) and
+                `image_guidance_scale`, `image_temperature`, `image_top_k`, `image_top_p` for its pictures. In `"image"`
+                mode the prompts (`input_ids`, `attention_mask`, and `pixel_values` or `image_codes` with `image_grids`
+                for images they hold) and:
 
                 * `image_size`: (height, width) in pixels, or one pair per prompt. By default the checkpoint's first
                   trained size, or the lowest resolution of the schedule.
                 * `guidance_scale`, `temperature`, `top_k`, `top_p`: see [`ImageSampling`]; the last three may be lists,
-                  one number per scale. Defaults come from
-                  `image_*` entries of the checkpoint's generation config. In interleaved mode their names carry the
-                  prefix `image_`, and the plain names govern text.
+                  one number per scale. Defaults come from `image_*` entries of the checkpoint's generation config.
                 * `seed`: one number (prompt i is drawn with seed + i), or one per prompt. A picture depends on its own
                   seed alone, not on what else is in the batch.
                 * `generator`: `torch.Generator`, or one per prompt, instead of `seed`.
@@ -268,7 +274,6 @@ class NextScaleGenerationMixin(GenerationMixin):
                 * `use_cache`, `cache_implementation` (`"dynamic"` or `"static"`): the key-value cache.
                 * `callback_on_scale_end`: called with a [`ScaleStep`] after each scale; returning `False` stops.
                 * `streamer`: given each [`ScaleStep`] by `put`, then `end`.
-                * `max_images` (interleaved): pictures per prompt at most; 8 by default.
 
         Returns:
             As transformers' `generate` in `"text"` mode, [`NextFlowImageOutput`] in `"image"` mode,
@@ -761,6 +766,11 @@ class NextScaleGenerationMixin(GenerationMixin):
             raise ValueError(
                 "Interleaved generation returns one answer for each prompt, as segments: leave out "
                 "`num_return_sequences` and `return_dict_in_generate`, and repeat the prompt for more answers."
+            )
+        refused = sorted(name for name in _IMAGE_MODE_ONLY if text_kwargs.pop(name, None) is not None)
+        if refused:
+            raise ValueError(
+                f'Interleaved generation does not take {refused}; these belong to `generation_mode="image"`.'
             )
         input_ids, attention_mask = self._check_prompts(input_ids, attention_mask)
         if pixel_values is not None and image_codes is None:

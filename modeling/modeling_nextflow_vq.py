@@ -17,7 +17,14 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import CLIPVisionModel, PreTrainedModel, Siglip2VisionConfig, Siglip2VisionModel, SiglipVisionModel
+from transformers import (
+    CLIPVisionModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+    SiglipVisionModel,
+)
 from transformers import initialization as init
 from transformers.models.siglip2.modeling_siglip2 import Siglip2Encoder, Siglip2VisionEmbeddings
 from transformers.utils import ModelOutput
@@ -367,8 +374,32 @@ class NextFlowVQPreTrainedModel(PreTrainedModel):
             init.ones_(module.usage)
 
 
+def check_model_type(model_class: type[PreTrainedModel], path, kwargs: dict) -> None:
+    """Raise `ValueError` if a checkpoint is of another kind, where transformers would warn and draw new weights."""
+    if path is None:
+        return
+    names = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(path, **{name: kwargs[name] for name in names if name in kwargs})
+    except OSError:
+        # Nothing there: loading says so, or does without where a configuration is given.
+        return
+    found, wanted = config.get("model_type"), model_class.config_class.model_type
+    if found not in (None, wanted):
+        raise ValueError(
+            f"{path} is a checkpoint of the kind {found!r}, and {model_class.__name__} is {wanted!r}. (The image "
+            "tokenizer of a whole NextFlow is its `vq_model`; `save_pretrained` of that gives one of its own.)"
+        )
+
+
 class NextFlowVQModel(NextFlowVQPreTrainedModel):
     """The dual-codebook multi-scale image tokenizer: [`encode`] pixels to codes, [`decode`] codes to pixels."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers; refuses a whole NextFlow, within which it would find no weights of its own."""
+        check_model_type(cls, pretrained_model_name_or_path, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def __init__(self, config: NextFlowVQConfig):
         super().__init__(config)
@@ -776,7 +807,8 @@ class OwnsImageTokenizer:
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in transformers; refuses a checkpoint whose tokenizer is not the one its decoder was trained with."""
+        """As in transformers; refuses a checkpoint of another kind, or with another tokenizer than its decoder's."""
+        check_model_type(cls, args[0] if args else kwargs.get("pretrained_model_name_or_path"), kwargs)
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         placed = getattr(model, "hf_device_map", {})

@@ -4,6 +4,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from ..processing.image_processing_base_nextflow import to_rgb
 from .modeling_refiner import UPSAMPLING, NextFlowRefinerModel, refiner_condition
 
 
@@ -199,7 +201,7 @@ class NextFlowRefinerPipeline(DiffusionPipeline):
     @staticmethod
     def check_settings(upsampling: int, strength: float, num_inference_steps: int) -> None:
         """Raise `ValueError` where one is out of its range."""
-        if upsampling not in UPSAMPLING:
+        if upsampling not in UPSAMPLING or not isinstance(upsampling, Integral):
             raise ValueError(f"`upsampling` is one of {UPSAMPLING}, got {upsampling}.")
         if not 0 <= strength <= 1:
             raise ValueError(f"`strength` must lie in [0, 1], got {strength}.")
@@ -211,6 +213,8 @@ class NextFlowRefinerPipeline(DiffusionPipeline):
             raise ValueError("Give either `image` or `codes`.")
         if (codes is None) != (grids is None):
             raise ValueError("`codes` and `grids`, which tell their scales, belong together.")
+        if isinstance(image, (list, tuple)) and not image:
+            raise ValueError("`image` is an empty list.")
         if sigmas is not None:
             falls = all(first > second for first, second in itertools.pairwise(sigmas))
             if not (len(sigmas) and falls and all(0 < own <= 1 for own in sigmas)):
@@ -267,8 +271,10 @@ class NextFlowRefinerPipeline(DiffusionPipeline):
         """`(batch, 3, height, width)` in [-1, 1]."""
         own = [image] if isinstance(image, (Image.Image, np.ndarray)) else image
         if isinstance(own, (list, tuple)):
-            own = [_rgb(each) if isinstance(each, Image.Image) else each for each in own]
-            own = [each / 255 if isinstance(each, np.ndarray) and each.dtype == np.uint8 else each for each in own]
+            own = [to_rgb(each) if isinstance(each, Image.Image) else each for each in own]
+            own = [each / 255 if _is_bytes(each) else each for each in own]
+        elif _is_bytes(own):
+            own = own / 255
         for each in [own] if torch.is_tensor(own) else own:
             if not isinstance(each, Image.Image) and (each.min() < 0 or each.max() > 1):
                 raise ValueError(f"Pixels must lie in [0, 1] (or be uint8), got {each.min():.3g} to {each.max():.3g}.")
@@ -361,12 +367,8 @@ class NextFlowRefinerPipeline(DiffusionPipeline):
         return self.image_processor.postprocess(pixels.float().clamp(-1, 1), output_type=output_type)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, on white where it is transparent."""
-    if image.mode == "RGB":
-        return image
-    own = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", own.size, (255, 255, 255, 255)), own).convert("RGB")
+def _is_bytes(image) -> bool:
+    return image.dtype == (torch.uint8 if torch.is_tensor(image) else np.uint8) if hasattr(image, "dtype") else False
 
 
 def caption_inputs(tokenizer, captions: list[str]) -> dict[str, torch.Tensor]:

@@ -19,7 +19,18 @@ from .inference import answer, assistant, draw, tell, think, user
 from .intervals import interval
 from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from .processing.processing_nextflow import NextFlowProcessor
-from .scenes import Referee, Scene, SignReader, draw_sign, lattice_for, render, render_sign, sample_scene, transcript
+from .scenes import (
+    Referee,
+    Scene,
+    Sign,
+    SignReader,
+    draw_sign,
+    lattice_for,
+    render,
+    render_sign,
+    sample_scene,
+    transcript,
+)
 from .scenes.edits import KINDS as EDITS
 from .scenes.edits import Edit, draw_edit, draw_edits, draw_rule, same_picture
 from .scenes.questions import KINDS as QUESTION_KINDS
@@ -27,7 +38,7 @@ from .scenes.questions import ask
 from .scenes.referee import Reading
 from .scenes.riddles import draw_riddle
 from .scenes.sampling import is_trained
-from .scenes.signs import words_of_sign
+from .scenes.signs import DOCUMENT_SHARE, words_of_sign
 from .scenes.source import READ_QUESTION
 from .scenes.stories import draw_story
 from .scenes.tasks import COMPARE_QUESTION, EXAMPLE_PROMPT, NOTHING, ask_for_subject, draw_reference
@@ -373,12 +384,18 @@ def score_films(tested: Tested) -> dict:
 # ---- words -----------------------------------------------------------------------------------------------------------
 
 
-def score_words(tested: Tested) -> dict:
+def score_words(
+    tested: Tested,
+    document_share: float = DOCUMENT_SHARE,
+    prompt_of: Callable[[Sign], str] = words_of_sign,
+    **sampling,
+) -> dict:
     """Words and lists drawn, and read: whole texts, and letters (1 - normalised edit distance).
 
-    Reading is left out where the checkpoint was not trained to read.
+    `prompt_of` asks for a sign. Reading is left out where the checkpoint was not trained to read. `sampling` goes to
+    `generate`.
     """
-    signs = [draw_sign(tested.rng(index), tested.split) for index in range(tested.number)]
+    signs = [draw_sign(tested.rng(index), tested.split, document_share) for index in range(tested.number)]
     seeds = [tested.seed + index for index in range(tested.number)]
     reader, right, letters = SignReader(), np.zeros(tested.number), np.zeros(tested.number)
     is_list = np.array([bool(own.items) for own in signs])
@@ -389,9 +406,10 @@ def score_words(tested: Tested) -> dict:
         pictures = draw(
             tested.model,
             tested.processor,
-            [[user(words_of_sign(signs[place]))] for place in places],
+            [[user(prompt_of(signs[place]))] for place in places],
             [seeds[place] for place in places],
             image_size=signs[places[0]].size,
+            **sampling,
         )
         for place, picture in zip(places, pictures):
             read, sign = reader.read(picture), signs[place]

@@ -3,15 +3,18 @@
 import argparse
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerFast
 
 from . import BUNDLED, REFINERS, NextFlowRefinerPipeline
-from .evaluation import evaluate_scenes, table
+from .evaluation import evaluate_scenes, evaluate_words, table
 from .inference import load
-from .model_card import model_card, refiner_card
+from .model_card import model_card, refiner_card, words_card
 from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from .modeling.modeling_nextflow_vq import NextFlowVQModel
 from .refining import load_refiner
@@ -24,6 +27,23 @@ MAX_DRAWING_LOSS = 0.02
 _LOG = "training_log.json"
 
 
+@dataclass(frozen=True)
+class _Bundle:
+    """What belongs to a bundled checkpoint: its stages, whose logs go with it, its scores and its card."""
+
+    stages: tuple[str, ...]
+    evaluate: Callable[..., dict]
+    card: Callable[..., ModelCard]
+
+
+_BUNDLES = {
+    "mini": _Bundle(
+        ("teacher", "vq-pixel", "vq-joint", "vq-decoder", "pretrain-64", "grpo"), evaluate_scenes, model_card
+    ),
+    "mini-words": _Bundle(("vq-words", "pretrain-words", "grpo-words"), evaluate_words, words_card),
+}
+
+
 def bundle(runs: Path, name: str, decoder: str, vq: str | None = None, **evaluation) -> dict:
     """Join decoder, tokenizer, processor, logs, scores and card in one folder.
 
@@ -33,7 +53,7 @@ def bundle(runs: Path, name: str, decoder: str, vq: str | None = None, **evaluat
             Logs of stages that were not run here are kept.
         decoder: Name of the run whose `final` is bundled.
         vq: Name of a run with a better pixel decoder for the same codes.
-        evaluation: Arguments of `evaluate_scenes`.
+        evaluation: Arguments of `evaluate_scenes`, or of `evaluate_words`.
 
     Returns:
         The scores.
@@ -41,7 +61,7 @@ def bundle(runs: Path, name: str, decoder: str, vq: str | None = None, **evaluat
     Raises:
         ValueError: If the checkpoint is too large, or scores no better than the one that is there.
     """
-    target = Path(BUNDLED[name])
+    target, own = Path(BUNDLED[name]), _BUNDLES[name]
     # 1. The decoder, with the best pixel decoder for its codes.
     model = NextFlowForConditionalGeneration.from_pretrained(runs / decoder / "final").eval()
     if vq is not None:
@@ -49,8 +69,9 @@ def bundle(runs: Path, name: str, decoder: str, vq: str | None = None, **evaluat
     processor = processor_for(model.config, PreTrainedTokenizerFast.from_pretrained(runs / decoder / "final"))
     candidate = runs / "candidate"
     logs = json.loads((target / _LOG).read_text()) if (target / _LOG).is_file() else {}
-    for path in sorted(runs.glob("*/trainer_state.json")):
-        logs[path.parent.name] = json.loads(path.read_text())["log_history"]
+    for path in (runs / stage / "trainer_state.json" for stage in own.stages):
+        if path.is_file():
+            logs[path.parent.name] = json.loads(path.read_text())["log_history"]
 
     def save(folder: Path) -> None:
         model.save_pretrained(folder, state_dict=_halves(model))
@@ -64,14 +85,14 @@ def bundle(runs: Path, name: str, decoder: str, vq: str | None = None, **evaluat
         raise ValueError(f"The checkpoint has {size / 1e6:.1f} MB; {MAX_BYTES / 1e6:.0f} MB at most.")
 
     # 2. Its scores, from the saved files.
-    result = evaluate_scenes(str(candidate), **evaluation)
+    result = own.evaluate(str(candidate), **evaluation)
     result["settings"]["checkpoint"] = name
     # Beside the candidate whether it is taken or not.
     (candidate / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     if (target / "evaluation.json").is_file():
         check_better(json.loads((target / "evaluation.json").read_text()), result)
     loaded, _ = load(str(candidate))
-    card = model_card(name, loaded, result)
+    card = own.card(name, loaded, result)
     (candidate / "README.md").write_text(card.content)
 
     # 3. In place at once.
@@ -81,10 +102,10 @@ def bundle(runs: Path, name: str, decoder: str, vq: str | None = None, **evaluat
 
 
 def check_better(before: dict, after: dict) -> None:
-    """Whether a checkpoint may take another's place: its mean score is higher, and drawing not lost to the rest.
+    """Whether a checkpoint may take another's place: its mean score is higher, and drawing scenes not lost to the rest.
 
     Args:
-        before: Scores of the checkpoint that is there, as [`evaluate_scenes`] returns them.
+        before: Scores of the checkpoint that is there, as [`evaluate_scenes`] or [`evaluate_words`] returns them.
         after: Scores of the other; what only one of the two was measured in counts as 0 for the other.
 
     Raises:
@@ -93,7 +114,7 @@ def check_better(before: dict, after: dict) -> None:
     old, new = scores_of(before), scores_of(after)
     names = sorted({*old, *new})
     means = [sum(own.get(name, 0.0) for name in names) / len(names) for own in (old, new)]
-    lost = old["drawing"] - new["drawing"]
+    lost = old.get("drawing", 0.0) - new.get("drawing", 0.0)
     if means[1] <= means[0] or lost > MAX_DRAWING_LOSS:
         changes = [f"{name} {old.get(name, 0.0):.3f} to {new.get(name, 0.0):.3f}" for name in names]
         raise ValueError(
@@ -104,7 +125,9 @@ def check_better(before: dict, after: dict) -> None:
 
 def scores_of(result: dict) -> dict[str, float]:
     """One number for each measure: drawing at every size, captions, every ability; not those of single kinds."""
-    found = {"drawing": result["drawing"]["overall"]["score"]}
+    found = {name: own["score"] for name, own in result.get("words", {}).items()}
+    if "drawing" in result:
+        found["drawing"] = result["drawing"]["overall"]["score"]
     for size, own in result.get("drawing_at_other_sizes", {}).items():
         found[f"drawing at {size}"] = own["overall"]["score"]
     if "captions" in result:

@@ -150,7 +150,7 @@ def run_chat(chat: Chat, read=input, show=print) -> None:
                 thinks = not thinks
                 show(f"thinking is {'on' if thinks else 'off'}")
             elif command == "/image":
-                waiting.append(open_picture(str(Path(argument).expanduser())))
+                waiting.append(open_picture(os.path.expanduser(argument)))
             elif line.startswith("/"):
                 show(f"There is no command {command!r}.")
             elif line:

@@ -110,16 +110,18 @@ def _parser() -> argparse.ArgumentParser:
     extract.set_defaults(run=_extract)
 
     evaluate = commands.add_parser("evaluate", help="score a checkpoint")
-    evaluate.add_argument("suite", choices=["scenes", *BENCHMARKS])
+    evaluate.add_argument("suite", choices=["scenes", "words", *BENCHMARKS])
     evaluate.add_argument("--checkpoint", default="mini")
     evaluate.add_argument("--prompts", type=int, help="prompts per category of scenes (100)")
     evaluate.add_argument("--images", type=int, help="pictures per prompt (scenes: 4; a benchmark: its own number)")
     evaluate.add_argument("--captions", type=int, help="scenes to describe (500)")
-    evaluate.add_argument("--tests", type=int, help="tests of each further ability in scenes (200); 0 leaves them out")
+    evaluate.add_argument(
+        "--tests", type=int, help="scenes: of each further ability (200); 0 leaves them out. words: how many (400)"
+    )
     evaluate.add_argument("--think", action="store_true", help="scenes: edits and answers after a thought as well")
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument(
-        "--output", type=Path, help="scenes: JSON file for the scores and all settings; else a folder"
+        "--output", type=Path, help="scenes, words: JSON file for the scores and all settings; else a folder"
     )
     _add_sampling(evaluate)
     add_benchmark_parser(evaluate, _size)
@@ -330,22 +332,26 @@ def _extract(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    if args.suite != "scenes":
-        given = [f"--{name}" for name in _SCENES if name != "images" and getattr(args, name) is not None]
-        given += ["--think"] if args.think else []
-        if given:
-            raise ValueError(f"`evaluate {args.suite}` does not take {', '.join(given)}; `evaluate scenes` does.")
+    taken = {"scenes": _SCENES, "words": {"tests": 400}}.get(args.suite, {"images": None})
+    given = [f"--{name}" for name in _SCENES if name not in taken and getattr(args, name) is not None]
+    given += ["--think"] if args.think and args.suite != "scenes" else []
+    if given:
+        raise ValueError(f"`evaluate {args.suite}` does not take {', '.join(given)}; `evaluate scenes` does.")
+    if args.suite in BENCHMARKS:
         run_benchmark(args, _sampling(args))
         return
-    from .evaluation import evaluate_scenes, table
+    from .evaluation import evaluate_scenes, evaluate_words, table
 
     refuse_benchmark_options(args)
-    numbers = [default if getattr(args, name) is None else getattr(args, name) for name, default in _SCENES.items()]
+    numbers = [default if getattr(args, name) is None else getattr(args, name) for name, default in taken.items()]
     if args.output is not None:
         if args.output.is_dir():
-            raise ValueError(f"--output of `evaluate scenes` is a JSON file, but {args.output} is a folder.")
+            raise ValueError(f"--output of `evaluate {args.suite}` is a JSON file, but {args.output} is a folder.")
         args.output.parent.mkdir(parents=True, exist_ok=True)
-    result = evaluate_scenes(args.checkpoint, *numbers, args.seed, args.think, **_sampling(args))
+    if args.suite == "words":
+        result = evaluate_words(args.checkpoint, *numbers, args.seed, **_sampling(args))
+    else:
+        result = evaluate_scenes(args.checkpoint, *numbers, args.seed, args.think, **_sampling(args))
     print(table(result), flush=True)
     if args.output is not None:
         write_whole(args.output, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))

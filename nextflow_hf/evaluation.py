@@ -26,7 +26,7 @@ from .scenes import (
     make_prompts,
     parse,
 )
-from .scenes.signs import DOCUMENT_SIZE, SIGN_SIZE
+from .scenes.signs import DOCUMENT_SIZE, SIGN_SIZE, ask_freely
 
 
 def score_drawing(
@@ -169,19 +169,57 @@ def evaluate_scenes(
         result["abilities"] = {f"{size[0]}x{size[1]}": score_abilities(tested)}
         if {SIGN_SIZE, DOCUMENT_SIZE} <= {size, *other_sizes}:
             result["abilities"]["words"] = score_words(tested)
-    chosen = model._image_sampling(
-        **{name: sampling.get(name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
-    )
     result["settings"] = {
-        "checkpoint": checkpoint,
-        "weights_sha256": weights_hash(BUNDLED.get(checkpoint, checkpoint)),
-        "split": "test",
+        **_settings(model, checkpoint, seed, sampling),
         "image_size": list(size),
         "prompts_per_category": prompts_per_category,
         "images_per_prompt": images_per_prompt,
         "captions": captions,
         "tests": tests,
         "thinks": thinks,
+    }
+    return result
+
+
+def evaluate_words(checkpoint: str, tests: int = 400, seed: int = 0, split: str = "test", **sampling) -> dict:
+    """Words that a checkpoint of signs alone draws, by the reader, with every setting that moves a score.
+
+    A word of up to five letters counts where the reader finds it to the letter; letters are 1 - normalised edit
+    distance. No word of the splits "test" and "validation" was in training. The same words are asked for a second time
+    in the ways that examples did not have ([`ask_freely`]).
+
+    Raises:
+        ValueError: If there is no test, or the checkpoint was not trained to draw pictures of `SIGN_SIZE`.
+    """
+    if tests < 1:
+        raise ValueError(f"At least one word is needed, got tests={tests}.")
+    model, processor = load(checkpoint)
+    if SIGN_SIZE not in _sizes(model):
+        sizes = ["x".join(map(str, own)) for own in _sizes(model)]
+        raise ValueError(f"Words are drawn at 48x80; {checkpoint!r} was trained to draw {sizes} (height x width).")
+    tested = Tested(model, processor, SIGN_SIZE, tests, seed, split)
+    rng = np.random.default_rng(seed)
+    scores = score_words(tested, document_share=0.0, **sampling)
+    asked_freely = score_words(tested, document_share=0.0, prompt_of=lambda sign: ask_freely(sign, rng), **sampling)
+    scores |= {name.replace("drawn", "drawn, asked in other ways"): own for name, own in asked_freely.items()}
+    return {
+        "words": scores,
+        "settings": {
+            **_settings(model, checkpoint, seed, sampling, split),
+            "image_size": list(SIGN_SIZE),
+            "tests": tests,
+        },
+    }
+
+
+def _settings(model, checkpoint: str, seed: int, sampling: dict, split: str = "test") -> dict:
+    chosen = model._image_sampling(
+        **{name: sampling.get(name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
+    )
+    return {
+        "checkpoint": checkpoint,
+        "weights_sha256": weights_hash(BUNDLED.get(checkpoint, checkpoint)),
+        "split": split,
         "seed": seed,
         "sampling": vars(chosen),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -193,13 +231,14 @@ def evaluate_scenes(
         "machine": platform.machine(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
-    return result
 
 
 def table(result: dict) -> str:
-    """The scores of [`evaluate_scenes`] as a Markdown table."""
+    """The scores of [`evaluate_scenes`] or [`evaluate_words`] as a Markdown table."""
     lines = ["| measure | score | 95 % interval |", "|---|---|---|"]
-    for name, own in result["drawing"].items():
+    for name, own in result.get("words", {}).items():
+        lines.append(f"| {name} | {own['score']:.3f} | {own['low']:.3f} to {own['high']:.3f} |")
+    for name, own in result.get("drawing", {}).items():
         lines.append(f"| drawing: {name} | {own['score']:.3f} | {own['low']:.3f} to {own['high']:.3f} |")
     for size, scores in result.get("drawing_at_other_sizes", {}).items():
         own = scores["overall"]
@@ -214,10 +253,11 @@ def table(result: dict) -> str:
                 lines.append(f"| {label} | {own['score']:.3f} | {own['low']:.3f} to {own['high']:.3f} |")
             else:
                 lines.append(f"| {label} | {own:.3f} | |")
-    tokenizer = result["tokenizer"]
-    lines.append(f"| tokenizer PSNR | {tokenizer['psnr']:.2f} dB | |")
-    lines.append(f"| tokenizer codebook use | {tokenizer['codebook_use']:.1%} | |")
-    lines.append(f"| referee's own error | {result['referee']['error']:.2%} | |")
+    if "tokenizer" in result:
+        tokenizer = result["tokenizer"]
+        lines.append(f"| tokenizer PSNR | {tokenizer['psnr']:.2f} dB | |")
+        lines.append(f"| tokenizer codebook use | {tokenizer['codebook_use']:.1%} | |")
+        lines.append(f"| referee's own error | {result['referee']['error']:.2%} | |")
     return "\n".join(lines)
 
 

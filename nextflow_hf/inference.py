@@ -291,8 +291,9 @@ def place_on_canvas(picture: Image.Image, size: tuple[int, int]) -> tuple[Image.
         ValueError: If the picture would fill the canvas.
     """
     height, width = size
+    picture = to_rgb(picture)
     scale = min(height / picture.height, width / picture.width, 1.0)
-    inner = picture.convert("RGB").resize((round(picture.width * scale), round(picture.height * scale)))
+    inner = picture.resize((round(picture.width * scale), round(picture.height * scale)))
     if inner.size == (width, height):
         raise ValueError(f"A picture of this shape fills {height}x{width} pixels; there is nothing to add.")
     border = [inner.getpixel((x, y)) for x in (0, inner.width - 1) for y in (0, inner.height - 1)]

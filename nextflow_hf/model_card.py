@@ -78,24 +78,7 @@ def model_card(name: str, model, result: dict) -> ModelCard:
         scores["captions"] = result["captions"]["score"]
     for size, own in result.get("abilities", {}).items():
         scores |= {f"{ability}, {size}": each["score"] for ability, each in own.items() if isinstance(each, dict)}
-    data = ModelCardData(
-        model_name=f"nextflow-{name}",
-        license="apache-2.0",
-        language="en",
-        library_name="transformers",
-        pipeline_tag="any-to-any",
-        tags=["nextflow", "next-scale-prediction", "text-to-image", "image-to-text"],
-        eval_results=[
-            EvalResult(
-                task_type="text-to-image",
-                dataset_type="nextflow-hf/scenes",
-                dataset_name="scenes, unseen combinations",
-                metric_type=metric,
-                metric_value=value,
-            )
-            for metric, value in scores.items()
-        ],
-    )
+    data = _card_data(name, "scenes, unseen combinations", scores, "any-to-any", ["image-to-text"])
     known = [_VERBS[ability] for ability in config.abilities or []]
     if result.get("abilities"):
         known.insert(2, "answer questions about it")
@@ -105,16 +88,113 @@ def model_card(name: str, model, result: dict) -> ModelCard:
         name=name,
         constant=name.upper().replace("-", "_"),
         sizes=" or ".join("x".join(map(str, size)) for size in config.trained_image_sizes),
-        sampling=", ".join(f"`{setting}` {value}" for setting, value in result["settings"]["sampling"].items()),
+        sampling=_sampling(result),
         abilities=" and ".join(filter(None, (", ".join(known[:-1]), *known[-1:]))),
         missing=", ".join(missing),
         table=table(result),
-        parameters=model.num_parameters() / 1e6,
-        decoder=(model.num_parameters() - model.vq_model.num_parameters()) / 1e6,
-        tokenizer=model.vq_model.num_parameters() / 1e6,
-        codes=config.vq_config.codebook_size,
+        **_sizes_of_parts(model),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+_WORDS_BODY = """\
+# nextflow-{name}
+
+A small [NextFlow](https://arxiv.org/abs/2601.02204) model that draws words by next-scale prediction, and does nothing
+else. It was trained from scratch by [NextFlow-HF](https://github.com/nextflow-hf/nextflow-hf), an independent open
+implementation of the paper, whose authors have published neither code nor weights. It is **not** a NextFlow checkpoint
+of theirs.
+
+## What it can and cannot do
+
+It writes one word or number of up to five capital letters or digits, in eight colours on a plain white, gray or black
+background, in pictures of 48x80 pixels (height x width) and in one font. Prompts are like those below. It knows nothing
+else: no scenes, no lists, no other letters, no reading; `nextflow-mini` is the checkpoint for scenes.
+
+{table}
+
+A word counts where a reader finds it to the letter; letters are 1 - normalised edit distance. The words scored are
+English ones, training saw strings of letters and digits that are none of them; intervals come from resampling the
+words. Sampling ({sampling}) has one number for all scales, or one per scale. Every setting is in `evaluation.json`.
+Reproduce with
+
+```
+nextflow-hf evaluate words --checkpoint {name}
+```
+
+## Use
+
+```python
+import nextflow_hf
+from transformers import pipeline
+
+draw = pipeline("text-to-image", model=nextflow_hf.{constant})
+draw('the word "OPEN" in red on a white background', seed=7).save("open.png")
+draw('the word "42" in green', seed=7).save("number.png")
+```
+
+## How it was made
+
+{parameters:.1f} million parameters: {decoder:.1f} in the decoder, {tokenizer:.1f} in the image tokenizer ({codes}
+codes, one index for a semantic and a pixel vector). Trained with the recipe `mini-words` of the package on pictures
+that a program renders, then rewarded by what the reader finds in its own (`docs/rl.md`); `training_log.json` has the
+losses and rewards. Nothing was taken from other weights or data.
+"""
+
+
+def words_card(name: str, model, result: dict) -> ModelCard:
+    """The card of a checkpoint that draws words.
+
+    Args:
+        name: Its name, one of `BUNDLED`.
+        model: The model.
+        result: What `evaluate_words` measured of it.
+    """
+    scores = {measure: own["score"] for measure, own in result["words"].items()}
+    data = _card_data(name, "words that training never saw", scores, "text-to-image", [])
+    body = _WORDS_BODY.format(
+        name=name,
+        constant=name.upper().replace("-", "_"),
+        sampling=_sampling(result),
+        table=table(result),
+        **_sizes_of_parts(model),
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+def _card_data(name: str, tested: str, scores: dict[str, float], pipeline: str, tags: list[str]) -> ModelCardData:
+    return ModelCardData(
+        model_name=f"nextflow-{name}",
+        license="apache-2.0",
+        language="en",
+        library_name="transformers",
+        pipeline_tag=pipeline,
+        tags=["nextflow", "next-scale-prediction", "text-to-image", *tags],
+        eval_results=[
+            EvalResult(
+                task_type="text-to-image",
+                dataset_type="nextflow-hf/scenes",
+                dataset_name=tested,
+                metric_type=metric,
+                metric_value=value,
+            )
+            for metric, value in scores.items()
+        ],
+    )
+
+
+def _sampling(result: dict) -> str:
+    return ", ".join(f"`{setting}` {value}" for setting, value in result["settings"]["sampling"].items())
+
+
+def _sizes_of_parts(model) -> dict:
+    whole, tokenizer = model.num_parameters() / 1e6, model.vq_model.num_parameters() / 1e6
+    return {
+        "parameters": whole,
+        "decoder": whole - tokenizer,
+        "tokenizer": tokenizer,
+        "codes": model.config.vq_config.codebook_size,
+    }
 
 
 _REFINER_BODY = """\
@@ -136,7 +216,7 @@ draw("a red circle", seed=7, refining={{"upsampling": 2}}).save("large.png")
 {parameters:.1f} million parameters in the denoiser, in half precision; `vq_model` is the tokenizer whose codes it was
 trained on ({fingerprint}). What it gains and what it costs in measured numbers: `docs/refiner.md` of the package, made
 by `python benchmarks/refiner.py`. Trained on a CPU with the recipes `mini-refiner` and
-`mini-refiner-doubled`; `training_log.json` has the losses.
+`mini-refiner-doubled`; `training_log.json` has the losses of the last.
 """
 
 

@@ -25,6 +25,9 @@ _DRAWING_ARGUMENTS = (
     "streamer",
     "mask",
     "resampling",
+    "best_of",
+    "scorer",
+    "use_cache",
 )
 
 

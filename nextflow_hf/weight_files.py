@@ -241,6 +241,8 @@ def whole_folder(target: Path, plan: str, needed_bytes: int):
         OSError: If there is not enough space, or the folder cannot be written.
     """
     check_target(target)
+    # Behind a link, so that the folder takes its place and not the link's.
+    target = target.resolve()
     unfinished = target.with_name(f"{target.name}.unfinished")
     note = unfinished / "plan.txt"
     if unfinished.exists() and any(unfinished.iterdir()):

@@ -209,7 +209,7 @@ def to_rgb(image, input_data_format: str | ChannelDimension | None = None, backg
     try:
         image.load()
         image = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError) as error:
         raise ValueError(f"A picture is damaged and cannot be read: {error}") from error
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
         values = np.asarray(image).astype(np.int64)

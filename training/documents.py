@@ -15,6 +15,7 @@ is a single message without a role. Records of the usual datasets become documen
 A text may be a list: of wordings of the same thing, one of which is drawn each time that the document is read.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -139,7 +140,8 @@ class DocumentReader:
             messages, pictures = self.to_messages(own)
             _check(messages, len(pictures))
             return Document(name, messages, [self._open(picture) for picture in pictures])
-        except (ValueError, TypeError, KeyError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:
+            # Whatever a record's own bytes make a decoder, a network or a parser say, it is that record that is broken.
             return BrokenRecordError(f"record {name}: {type(error).__name__}: {error}")
 
     def _open(self, picture: Any) -> Image.Image:
@@ -222,11 +224,19 @@ def _undecoded_feature(feature):
     return feature
 
 
+_ROLES = (None, "system", "user", "assistant", "tool")
+_SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")
+
+
 def _check(messages: list[dict], pictures: int) -> None:
     if not messages:
         raise ValueError("there are no messages")
     places = 0
     for turn in messages:
+        if turn["role"] not in _ROLES:
+            raise ValueError(f"a role is one of {_ROLES}, got {turn['role']!r}")
+        if not isinstance(turn.get("weight") or 0, (int, float)):
+            raise ValueError(f"a turn's weight is a number, got {turn['weight']!r}")
         if turn["role"] is None and len(messages) > 1:
             raise ValueError("a document without turns is a single message")
         if not turn["content"]:
@@ -238,6 +248,8 @@ def _check(messages: list[dict], pictures: int) -> None:
                 raise ValueError(f"a part is text or an image, got {part['type']!r}")
             elif not _is_text(part["text"]):
                 raise ValueError("a text is empty or no text")
+            elif found := _SPECIAL_TOKEN.search(str(part["text"])):
+                raise ValueError(f"a text holds the special token {found[0]!r}, which would be read as one")
     if places != pictures:
         raise ValueError(f"there are places for {places} pictures, but {pictures} pictures")
 

@@ -53,7 +53,7 @@ class ExtractionSettings:
         corruption: Share of each scale's positions that are drawn so (0.6 in the paper).
         shard_size: Records of a shard.
         batch_size: Pictures encoded at a time.
-        max_broken: Broken records after which extraction stops.
+        max_broken: Broken records of a dataset after which a process stops.
         seed: Seed of the drawing.
     """
 
@@ -103,8 +103,12 @@ def extract(
         The manifest of each dataset.
 
     Raises:
-        ValueError: If the directory holds shards made otherwise or of other data, or too many records are broken.
+        ValueError: If the tokenizer has no such resolution, the directory holds shards made otherwise or of other data,
+            or too many records are broken.
     """
+    resolutions = vq_model.config.schedule.resolutions
+    if settings.resolution not in resolutions:
+        raise ValueError(f"`resolution` is one of the tokenizer's {sorted(resolutions)}, got {settings.resolution}.")
     directory = Path(directory)
     processes = all_processes()
     vq_model = vq_model.eval().to(processes.device)
@@ -183,7 +187,7 @@ class _ShardWriter:
         return {
             number: own
             for number, own in shards.items()
-            if total is None or own["records"] == min(size, total - number * size)
+            if own["records"] == (size if total is None else min(size, total - number * size))
         }
 
     def _check_same(self, number: int) -> None:

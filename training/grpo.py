@@ -204,6 +204,8 @@ class NextFlowGRPOTrainer(GRPOTrainer):
             )
         self.region_func = region_func
         self._eval_rollouts = 0
+        # Ids of the prompts that were answered last, or their places in the batch.
+        self.rolled_out: list[str] = []
         # What the rollouts of the batch at hand left for rewards and advantages.
         self._completions: list[list] = []
         self._regions: torch.Tensor | None = None
@@ -518,6 +520,7 @@ class NextFlowGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         """As TRL's, with an advantage per code: the scale weights, and 0 outside the regions."""
         self._eval_rollouts += not self.model.training
+        self.rolled_out = [str(own.get("id", index)) for index, own in enumerate(inputs)]
         output = super()._generate_and_score_completions(inputs)
         mask = output["completion_mask"].bool()
         is_code = mask & (output["completion_ids"] >= self._own_model().config.code_start_id)

@@ -64,7 +64,11 @@ class DatasetPictures:
             number %= len(self)
             ((_, document),) = self.reader.read(number, number + 1)
             if not isinstance(document, BrokenRecordError):
-                return document
+                try:
+                    self.image_processor.bucket_of(document.images[0].height, document.images[0].width)
+                    return document
+                except ValueError as error:
+                    document = BrokenRecordError(f"record {document.id}: {error}")
             if number not in self.broken:
                 self.broken.add(number)
                 logger.warning("left out: %s", document)

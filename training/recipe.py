@@ -26,8 +26,10 @@ class Recipe:
         stage: What runs it: a name of `training.stages.STAGES`.
         output_dir: Where checkpoints, logs and the result go.
         preset: Shape of the model, a name of `NextFlowConfig.from_preset`.
-        config: Configuration entries that differ from the preset (`vq.` in front for the tokenizer's).
-        init_from: Folders of earlier stages by role, e.g. {"teacher": ..., "vq": ..., "decoder": ...}.
+        config: Configuration entries that differ from the preset: the decoder's own, `text.` in front for those of its
+            language model (of a new one), and in the tokenizer's stages `vq.` for the tokenizer's.
+        init_from: By role, e.g. {"teacher": ..., "vq": ..., "decoder": ...}: folders of earlier stages, Hub ids, or
+            names of bundled checkpoints (where a whole decoder or refiner is meant).
         source: The pictures; see `training.data.load_source`.
         data: Datasets by name. To extract: what `training.documents.load_reader` takes. To train on: `codes`, the
             folder of an extracted dataset, and `weight`.
@@ -50,7 +52,7 @@ def load_recipe(name: str, overrides: list[str] = ()) -> Recipe:
     """Read a recipe by name (of the package's own) or path, with `key.sub=value` overrides (values are YAML).
 
     Raises:
-        ValueError: If there is no such recipe, or a key is not one of a recipe's.
+        ValueError: If there is no such recipe, a key is not one of a recipe's, or `stage` or `output_dir` is missing.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():
@@ -69,4 +71,7 @@ def load_recipe(name: str, overrides: list[str] = ()) -> Recipe:
     unknown = set(content) - {own.name for own in fields(Recipe)}
     if unknown:
         raise ValueError(f"Recipe {path.name} has unknown entries {sorted(unknown)}.")
+    missing = {"stage", "output_dir"} - set(content)
+    if missing:
+        raise ValueError(f"Recipe {path.name} lacks {sorted(missing)}.")
     return Recipe(**content)

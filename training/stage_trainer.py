@@ -135,6 +135,15 @@ class NonFiniteError(ArithmeticError):
     """A loss or gradient is NaN or infinite."""
 
 
+def report_nonfinite(folder: Path, error: NonFiniteError, step: int, ids: list[str]) -> NonFiniteError:
+    """The error to raise, once the ids of the step's records are in `nonfinite.json`."""
+    # Whichever process meets it first; the others end with it.
+    (folder / "nonfinite.json").write_text(json.dumps({"error": str(error), "step": step, "ids": ids}) + "\n")
+    return NonFiniteError(
+        f"{error}. The ids of its records are in {folder / 'nonfinite.json'}; the last checkpoint is good."
+    )
+
+
 class StageTrainer(Trainer):
     """`Trainer` that logs the mean of every loss term a model's output carries, and stops where one is not finite.
 
@@ -273,12 +282,7 @@ def run_stage(
         try:
             trainer.train(resume_from_checkpoint=last)
         except NonFiniteError as error:
-            step, ids = trainer.ids_of_step
-            # Whichever process meets it first; the others end with it.
-            (folder / "nonfinite.json").write_text(json.dumps({"error": str(error), "step": step, "ids": ids}) + "\n")
-            raise NonFiniteError(
-                f"{error}. The ids of its records are in {folder / 'nonfinite.json'}; the last checkpoint is good."
-            ) from error
+            raise report_nonfinite(folder, error, *trainer.ids_of_step) from error
         if args.should_save:
             trainer.state.save_to_json(str(folder / "trainer_state.json"))
     ema.copy_to(model)
@@ -341,7 +345,7 @@ def save_whole(folder: Path, save: Callable[[Path], None], sharded: bool = False
     which gathers, and the first writes.
     """
     processes = all_processes()
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     if processes.is_main_process:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,12 +1,15 @@
 """Which function runs which stage of a recipe."""
 
 from collections.abc import Callable
+from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import set_seed
 
-from .extraction import run_extraction
-from .recipe import Recipe, load_recipe
+from .. import BUNDLED, REFINERS
+from .extraction import ExtractionSettings, run_extraction
+from .recipe import RECIPES, Recipe, load_recipe
 from .train_decoder import train_decoder
 from .train_grpo import train_grpo
 from .train_text_tokenizer import train_text_tokenizer
@@ -17,12 +20,20 @@ def run_chain(recipe: Recipe) -> None:
     """Run the recipes that `stage_args.recipes` names, one after another; those whose result is there are skipped.
 
     The chain's own `trainer` arguments (such as `bf16: true` on an accelerator) go to each of them that has a trainer
-    and does not say otherwise.
+    and does not say otherwise. Everything else is each recipe's own.
 
     Raises:
-        ValueError: If one of them is missing or unknown, before the first runs.
+        ValueError: If one of them is missing or unknown, or the chain has entries that none of them would get, before
+            the first runs.
+        ImportError: If one of them needs TRL, and it is not installed.
     """
-    for own in [load_recipe(name) for name in recipe.stage_args["recipes"]]:
+    lost = [name for name in ("config", "init_from", "source", "data") if getattr(recipe, name)]
+    if lost:
+        raise ValueError(f"A chain's recipes have their own {lost}; run the one that is meant by itself.")
+    recipes = [load_recipe(name) for name in recipe.stage_args["recipes"]]
+    if any(own.stage == "grpo" for own in recipes) and find_spec("trl") is None:
+        raise ImportError('One of the recipes is reinforcement learning: pip install "nextflow-hf[rl]".')
+    for own in recipes:
         if own.trainer:
             own.trainer = {**recipe.trainer, **own.trainer}
         if not is_done(own):
@@ -55,15 +66,58 @@ STAGES: dict[str, Callable[[Recipe], None]] = {
     "chain": run_chain,
 }
 
+# What each of them knows of `stage_args`.
+STAGE_ARGS: dict[str, set[str]] = {
+    "text_tokenizer": {"texts", "vocab_size", "min_frequency"},
+    "teacher": {"text_layers", "max_text_length", "ema_decay"},
+    "vq": {"phase", "new_codebook", "keep_weight", "ema_decay"},
+    "extract": {own.name for own in fields(ExtractionSettings)},
+    "decoder": {
+        *("trained", "lora", "head_rows"),
+        *("prefix_scales", "prompt_dropout", "attn_implementation", "fsdp_size", "dtype", "ema_decay"),
+        *("abilities", "sampling", "image_sizes", "sample_prompts", "sample_every", "image_size"),
+        *("sequences", "task_inversion", "packing", "codes", "read_share", "epochs"),
+    },
+    "grpo": {"rewards", "region_func", "lora", "blend", "dtype"},
+    "refiner": {
+        *("base_pipeline", "base_dtype", "lora", "doubled", "caption_dropout"),
+        *("gradient_checkpointing", "supersampling", "shift", "ema_decay"),
+    },
+    "chain": {"recipes"},
+}
+
 
 def run_recipe(recipe: Recipe) -> None:
     """Run a recipe's stage.
 
     Raises:
-        ValueError: If there is no such stage.
+        ValueError: If there is no such stage, it does not know one of the `stage_args`, or a folder of `init_from` is
+            not there.
     """
     if recipe.stage not in STAGES:
         raise ValueError(f"A recipe's stage is one of {sorted(STAGES)}, got {recipe.stage!r}.")
+    unknown = set(recipe.stage_args) - STAGE_ARGS[recipe.stage]
+    if unknown:
+        raise ValueError(
+            f"The stage {recipe.stage!r} does not know the `stage_args` {sorted(unknown)}; it knows "
+            f"{sorted(STAGE_ARGS[recipe.stage])}."
+        )
+    recipe.init_from = {role: _found(role, own) for role, own in recipe.init_from.items()}
     # New weights are drawn before the trainer sets its seed.
     set_seed(recipe.trainer.get("seed", 0))
     STAGES[recipe.stage](recipe)
+
+
+def _found(role: str, start: str) -> str:
+    """Where a stage starts from: the folder of a bundled checkpoint, a folder that is there, or a Hub id."""
+    path = Path((REFINERS if role == "refiner" else BUNDLED).get(start, start)).expanduser()
+    # A Hub id has at most one slash.
+    if path.exists() or (len(path.parts) <= 2 and not path.is_absolute()):
+        return str(path)
+    makers = [
+        own.stem
+        for own in sorted(RECIPES.glob("*.yaml"))
+        if Path(load_recipe(own.stem).output_dir) in (path, path.parent)
+    ]
+    hint = f" (`nextflow-hf train {makers[0]}` makes it)" if makers else ""
+    raise ValueError(f"`init_from.{role}` is {start!r}, which is not there{hint}; name another as init_from.{role}=...")

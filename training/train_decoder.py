@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
-from transformers import GenerationConfig, PreTrainedTokenizerFast, TrainerCallback
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast, TrainerCallback
 
+from ..files import save_picture
 from ..modeling.configuration_nextflow import ABILITIES, NextFlowConfig
 from ..modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling.modeling_nextflow_vq import NextFlowVQModel
@@ -98,7 +99,7 @@ class SampleGridCallback(PictureCallback):
             sheet = self.draw(model)
             path = Path(args.output_dir) / "samples" / f"step-{state.global_step:06d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(sheet).save(path)
+            save_picture(Image.fromarray(sheet), path)
             self.report("samples", sheet, state.global_step)
 
     def draw(self, model: NextFlowForConditionalGeneration) -> np.ndarray:
@@ -131,14 +132,16 @@ def train_decoder(recipe: Recipe) -> None:
     * what is trained: `trained` (first parts of parameter names; everything but the tokenizer where it is missing), or
       `lora` (arguments of `peft.LoraConfig`; the result has the adapter in `adapter` and is merged in `final`); with
       `head_rows: codes` the head's rows of text stay as they are, and no weight may decay;
-    * how: `prefix_scales`, `prompt_dropout`, `attn_implementation`, `fsdp_size` (processes over which weights,
-      gradients and the optimizer are sharded; goes on from a saved `decoder`), `dtype` (in which weights and the
-      optimizer are kept; that in which `decoder` was saved where it is missing);
+    * how: `ema_decay` (of the averaged weights, which are the result: 0.999), `prefix_scales`, `prompt_dropout`,
+      `attn_implementation`, `fsdp_size` (processes over which weights, gradients and the optimizer are sharded; goes on
+      from a saved `decoder`), `dtype` (in which weights and the optimizer are kept; that in which `decoder` was saved
+      where it is missing);
     * what the checkpoint carries: `abilities`, `sampling` (its `image_*` generation settings), `image_sizes` (which it
       lists as trained; all that its data have where it is missing);
-    * samples on the way: `sample_prompts`, `sample_every`, `image_size` (not where weights are sharded);
-    * for `data`: `sequences` (how many, before they come again), `task_inversion`, and `packing` (`unit`: "tokens" or
-      "flops", `attention_weight`, `capacity`, `max_tokens`, `window`);
+    * samples on the way: `sample_prompts`, `sample_every` (not where weights are sharded), of `image_size`;
+    * for `data`: `image_size` ([height, width] that is drawn where no size is asked for), `sequences` (how many, before
+      they come again), `task_inversion`, and `packing` (`unit`: "tokens" or "flops", `attention_weight`, `capacity`,
+      `max_tokens`, `window`);
     * for a `source`: `codes` (file of extracted codes), `read_share`, `epochs`.
 
     Raises:
@@ -150,6 +153,10 @@ def train_decoder(recipe: Recipe) -> None:
     unknown = set(stage.get("abilities") or ()) - set(ABILITIES)
     if unknown:
         raise ValueError(f"`abilities` must be of {ABILITIES}, got {sorted(unknown)}.")
+    if stage.get("sample_every") and "image" not in (stage.get("abilities") or ("image",)):
+        raise ValueError(
+            f'`sample_every` draws, but `abilities` are {stage["abilities"]}; name "image", or leave it out.'
+        )
     if stage.get("dtype", "auto") not in _DTYPES:
         raise ValueError(f"`dtype` must be one of {_DTYPES}, got {stage['dtype']!r}.")
     if bool(recipe.data) == bool(recipe.source):
@@ -166,6 +173,10 @@ def train_decoder(recipe: Recipe) -> None:
         image_sizes = [image_size]
     else:
         documents = [CodedDocuments(own["codes"], vq_model.fingerprint()) for own in recipe.data.values()]
+        if "image_size" not in stage:
+            raise ValueError(
+                "`stage_args.image_size` is missing: [height, width] of what is drawn where no size is asked."
+            )
         image_size = tuple(stage["image_size"])
         image_sizes = {tuple(size) for own in documents for size in own.manifest["image_sizes"]}
 
@@ -175,6 +186,8 @@ def train_decoder(recipe: Recipe) -> None:
     image_sizes = {*image_sizes, *map(tuple, model.config.trained_image_sizes or ())}
     if "image_sizes" in stage:
         image_sizes = _listed(stage["image_sizes"], image_sizes)
+    if stage.get("sample_every") and image_size not in image_sizes:
+        raise ValueError(f"Samples of {image_size} cannot be drawn: trained are {sorted(image_sizes)}.")
     _freeze_all_but(model, stage)
     text_rows = _text_rows(model, recipe)
     if "attn_implementation" in stage:
@@ -200,6 +213,12 @@ def train_decoder(recipe: Recipe) -> None:
         pad_token_id=tokenizer.pad_token_id,
         **{f"image_{name}": value for name, value in stage.get("sampling", {}).items()},
     )
+    # The model says what it can do; samples on the way are drawn by what it says.
+    model.config.abilities = stage.get("abilities")
+    # The first is what is drawn where no size is asked for.
+    model.config.trained_image_sizes = [
+        list(size) for size in sorted(image_sizes, key=lambda size: (size != image_size, size))
+    ] or None
     if "lora" in stage:
         from peft import LoraConfig, get_peft_model
 
@@ -207,13 +226,6 @@ def train_decoder(recipe: Recipe) -> None:
         model = get_peft_model(model, LoraConfig(**stage["lora"]))
     samples = SampleGridCallback(builder, stage.get("sample_prompts", []), image_size, stage.get("sample_every", 0))
     model = run_stage(recipe, model, dataset, collate, _output_of, [samples, *text_rows])
-
-    # 4. The result says what it can do.
-    model.config.abilities = stage.get("abilities")
-    # The first is what is drawn where no size is asked for.
-    model.config.trained_image_sizes = [
-        list(size) for size in sorted(image_sizes, key=lambda size: (size != image_size, size))
-    ] or None
     if "lora" in stage:
         save_whole(Path(recipe.output_dir) / "adapter", model.save_pretrained)
         model = model.merge_and_unload()
@@ -244,12 +256,17 @@ def _decoder_of(recipe: Recipe, vq_model: NextFlowVQModel) -> NextFlowForConditi
         model = _with_vocabulary_of(recipe, model, vq_model)
         _set_entries(model, recipe.config)
     else:
-        own = {name: value for name, value in recipe.config.items() if not name.startswith(("vq.", "text."))}
+        own = {name: value for name, value in recipe.config.items() if not name.startswith("text.")}
+        _check_entries(own, NextFlowConfig.from_preset(recipe.preset))
         config = NextFlowConfig.from_preset(recipe.preset, vq_config=vq_model.config, **own)
         text = config.text_config.to_dict()
         # Derived from the number of layers.
         text.pop("layer_types", None)
-        text |= {name.removeprefix("text."): value for name, value in recipe.config.items() if name.startswith("text.")}
+        changed = {
+            name.removeprefix("text."): value for name, value in recipe.config.items() if name.startswith("text.")
+        }
+        _check_entries(changed, config.text_config)
+        text |= changed
         config.text_config = type(config.text_config)(**text)
         model = NextFlowForConditionalGeneration(config)
     model.config.codebook_fingerprint = fingerprint
@@ -296,7 +313,17 @@ def _sharded_decoder_of(recipe: Recipe, fingerprint: str) -> NextFlowForConditio
     return model
 
 
+def _check_entries(entries: dict, config: PreTrainedConfig) -> None:
+    unknown = [name for name in entries if not hasattr(config, name)]
+    if unknown:
+        raise ValueError(
+            f"`config` has entries that {type(config).__name__} does not know: {unknown}. The shape of a decoder that "
+            "goes on (`text.`) stays, and the image tokenizer (`vq.`) is changed in its own stages."
+        )
+
+
 def _set_entries(model: NextFlowForConditionalGeneration, entries: dict) -> None:
+    _check_entries(entries, model.config)
     for name, value in entries.items():
         setattr(model.config, name, value)
     # Refuse before training what would be refused when the result is loaded.

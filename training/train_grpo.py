@@ -9,7 +9,14 @@ import torch
 from .data import load_source
 from .processes import all_processes
 from .recipe import Recipe
-from .stage_trainer import check_writable, leave_out_cudnn_attention, save_whole
+from .stage_trainer import (
+    FiniteCallback,
+    NonFiniteError,
+    check_writable,
+    leave_out_cudnn_attention,
+    report_nonfinite,
+    save_whole,
+)
 from .zero import check_zero, zero_arguments
 
 
@@ -27,6 +34,8 @@ def train_grpo(recipe: Recipe) -> None:
     Raises:
         ImportError: If TRL is not installed.
         ValueError: If there is no reward, one cannot be found, `blend` is not in (0, 1], or weights would be spread.
+        NonFiniteError: If a gradient is NaN or infinite, before it can spoil the weights; the ids of the prompts are
+            then in `nonfinite.json`.
     """
     try:
         from datasets import Dataset
@@ -81,6 +90,7 @@ def train_grpo(recipe: Recipe) -> None:
         region_func=_load(stage["region_func"], None) if "region_func" in stage else None,
         train_dataset=Dataset.from_list([rows[index] for index in range(len(rows))]),
         peft_config=peft_config,
+        callbacks=[FiniteCallback()],
     )
     if trainer.is_deepspeed_enabled:
         check_zero(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
@@ -92,7 +102,10 @@ def train_grpo(recipe: Recipe) -> None:
         trainer._load_from_checkpoint(checkpoint)
         trainer.state = state
     else:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except NonFiniteError as error:
+            raise report_nonfinite(output, error, trainer.state.global_step + 1, trainer.rolled_out) from error
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if peft_config is not None:
         save_whole(output / "adapter", trained.save_pretrained)

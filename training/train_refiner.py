@@ -68,6 +68,7 @@ def train_refiner(recipe: Recipe) -> None:
     * `lora` (arguments of `peft.LoraConfig`): the base is adapted, and what is new is trained whole; `final` is merged;
     * `doubled`: share of the pictures that are painted at twice the size that the tokenizer sees;
     * `caption_dropout`: share without a caption;
+    * `ema_decay`: of the averaged weights, which are the result (0.999);
     * `gradient_checkpointing`: whether activations are computed again instead of kept;
     * `supersampling`: of the pipeline (1, or of the refiner that goes on);
     * `shift`: of the scheduler, above 1 for more steps in the noise (1, or of the refiner that goes on).

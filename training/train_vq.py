@@ -71,7 +71,8 @@ class CodebookCallback(TrainerCallback):
 def train_teacher(recipe: Recipe) -> None:
     """Train a SigLIP2 model on pictures and their descriptions; its vision half is the semantic branch's start.
 
-    `stage_args`: `text_layers`, `max_text_length`; `init_from`: `tokenizer`.
+    `stage_args`: `text_layers`, `max_text_length`, `ema_decay` (0.999) of the averaged weights, which are the result;
+    `init_from`: `tokenizer`.
     """
     # 1. A vision tower of the tokenizer's own shape, with the pooling head that contrast needs, and a text tower.
     vq_config = vq_config_of(recipe)
@@ -123,9 +124,10 @@ def train_vq(recipe: Recipe) -> None:
     pictures, by the codes that are there and more, so that a decoder that draws with these goes on drawing), or
     "decoder" (the pixel decoder alone); `new_codebook`: false where the joint phase goes on with the codes that are
     there; `keep_weight`: how firmly the phase "extend" keeps what the encoder says of pictures that were shown well
-    before. `init_from`: `teacher` (in the phases "pixel" and "joint"), and `vq` to go on from. Of a tokenizer that goes
-    on, `config` changes what weighs in its losses, `vq.scale_dropout`, `vq.dead_code_threshold`, and, in the phases
-    "joint" and "extend", `vq.codebook_size`.
+    before; `ema_decay` (0.999) of the averaged weights, which are the result. `init_from`: `teacher` (in the phases
+    "pixel" and "joint"), and `vq` to go on from. Of a tokenizer that goes on, `config` changes what weighs in its
+    losses, `vq.scale_dropout`, `vq.dead_code_threshold`, and, in the phases "joint" and "extend", `vq.codebook_size`;
+    the phase "decoder" changes `vq.decoder_channels`, `vq.decoder_layers` and `vq.scale_dropout` alone.
     """
     phase = recipe.stage_args.get("phase", "joint")
     if phase not in _TRAINED_PARTS:
@@ -298,7 +300,10 @@ _TRAINED_PARTS = {
 
 
 def vq_config_of(recipe: Recipe) -> NextFlowVQConfig:
-    """The tokenizer's configuration: the preset's, with the recipe's `vq.` entries."""
+    """The tokenizer's configuration: the preset's, with the recipe's entries (with or without `vq.` in front)."""
     config = NextFlowConfig.from_preset(recipe.preset).vq_config
-    own = {name.removeprefix("vq."): value for name, value in recipe.config.items() if name.startswith("vq.")}
+    own = {name.removeprefix("vq."): value for name, value in recipe.config.items()}
+    unknown = sorted(name for name in own if not hasattr(config, name))
+    if unknown:
+        raise ValueError(f"`config` has entries that the image tokenizer does not know: {unknown}.")
     return NextFlowVQConfig(**{**config.to_dict(), **own})

@@ -61,5 +61,7 @@ def with_vocabulary(
                 rows[index] = old[parts].mean(dim=0)
         rows[code_start_id:] = old[config.code_start_id + nearest]
         state[name] = rows
+    # The codebook stays in float32.
+    new = new.to(model.dtype)
     new.load_state_dict(state)
     return new

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from ..inference import Conversation, load, prepare
+from ..processing.image_processing_base_nextflow import open_picture, to_rgb
 
 
 class Answering:
@@ -32,8 +33,7 @@ def picture_of(own) -> Image.Image:
         ValueError: If it is neither.
     """
     if isinstance(own, Image.Image):
-        return own.convert("RGB")
+        return to_rgb(own)
     if isinstance(own, str):
-        with Image.open(own.removeprefix("file://")) as picture:
-            return picture.convert("RGB")
+        return open_picture(own.removeprefix("file://"))
     raise ValueError(f"A picture or the path of one is needed, got {type(own).__name__}.")

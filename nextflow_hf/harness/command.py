@@ -13,6 +13,7 @@ _OPTIONS = {
     "size": "--size",
     "batch_size": "--batch-size",
     "device": "--device",
+    "negative_prompt": "--negative-prompt",
     "rewritten_prompts": "--rewritten-prompts",
     "judge_url": "--judge-url",
     "judge_model": "--judge-model",
@@ -41,6 +42,7 @@ def add_benchmark_parser(parser: argparse.ArgumentParser, size: Callable) -> Non
     group.add_argument("--size", type=size, help="HEIGHTxWIDTH in pixels")
     group.add_argument("--batch-size", type=int, help="pictures drawn at a time (16); moves no picture")
     group.add_argument("--device", help="where the model runs (the accelerator, if there is one)")
+    group.add_argument("--negative-prompt", help="what guidance leads away from")
     group.add_argument("--rewritten-prompts", type=Path, help="JSON object: prompt -> what is drawn instead")
     group.add_argument("--judge-url", help="OpenAI-compatible endpoint, such as https://host/v1")
     group.add_argument("--judge-model", help="name of the judge there")
@@ -81,6 +83,7 @@ def run_benchmark(args: argparse.Namespace, sampling: dict) -> None:
         images=args.images,
         seed=args.seed,
         size=args.size,
+        negative_prompt=args.negative_prompt,
         rewritten=args.rewritten_prompts,
         judge=_judge(args),
         template=args.judge_template,

@@ -46,12 +46,26 @@ class CheckpointDrawer:
         size: (height, width) in pixels; `None` draws prompts at the checkpoint's first size, and edits of one picture
             at that picture's aspect ratio.
         device: Where the model runs; by default on the accelerator, if there is one.
+        negative_prompt: What guidance leads away from.
         sampling: Goes to `generate`.
     """
 
-    def __init__(self, checkpoint: str, size: tuple[int, int] | None = None, device: str | None = None, **sampling):
+    def __init__(
+        self,
+        checkpoint: str,
+        size: tuple[int, int] | None = None,
+        device: str | None = None,
+        negative_prompt: str | None = None,
+        **sampling,
+    ):
         self._model, self._processor = load(checkpoint, device)
-        self._size, self._sampling = size, sampling
+        self._size, self._sampling, self._negative = size, sampling, {}
+        if negative_prompt is not None:
+            negative = prepare(self._processor, [[user(negative_prompt)]]).to(self._model.device)
+            self._negative = {
+                "negative_prompt_ids": negative["input_ids"],
+                "negative_prompt_attention_mask": negative["attention_mask"],
+            }
 
     def settings(self) -> dict:
         """See [`Drawer`]."""
@@ -59,6 +73,7 @@ class CheckpointDrawer:
         chosen = self._model._image_sampling(**{name: self._sampling.get(name) for name in names})
         return {
             "sampling": vars(chosen),
+            "resampling": getattr(self._model.generation_config, "image_resampling", None),
             "dtype": str(self._model.dtype).removeprefix("torch."),
             "device": self._model.device.type,
             "revision": getattr(self._model.config, "_commit_hash", None),
@@ -76,22 +91,30 @@ class CheckpointDrawer:
 
     def draw(self, drawings: Sequence[Drawing]) -> list[Image.Image]:
         """See [`Drawer`]."""
-        # Pictures of one call are looked at on one level.
-        levels = [own_resolution(self._model, own.sources[-1]) if own.sources else None for own in drawings]
+        # Pictures of one call are looked at on one level, and all of them or none keep the size of what they edit.
+        kinds = [
+            (own_resolution(self._model, own.sources[-1]) if own.sources else None, len(own.sources) == 1)
+            for own in drawings
+        ]
         pictures: dict[int, Image.Image] = {}
-        for level in dict.fromkeys(levels):
-            places = [place for place, own in enumerate(levels) if own == level]
-            pictures |= zip(places, self._draw([drawings[place] for place in places], level))
+        for kind in dict.fromkeys(kinds):
+            places = [place for place, own in enumerate(kinds) if own == kind]
+            pictures |= zip(places, self._draw([drawings[place] for place in places], *kind))
         return [pictures[place] for place in range(len(drawings))]
 
-    def _draw(self, drawings: Sequence[Drawing], level: int | None) -> list[Image.Image]:
+    def _draw(self, drawings: Sequence[Drawing], level: int | None, is_edit: bool) -> list[Image.Image]:
         conversations = [[user(*own.sources, own.prompt)] for own in drawings]
         inputs = prepare(self._processor, conversations, level).to(self._model.device)
         sizes = {} if self._size is None else {"image_size": self._size}
-        if self._size is None and all(len(own.sources) == 1 for own in drawings):
+        if self._size is None and is_edit:
             sizes = {"image_size": [self._seen_size(grids) for grids in inputs["image_grids"].tolist()]}
         output = self._model.generate(
-            **inputs, generation_mode="image", seed=[own.seed for own in drawings], **sizes, **self._sampling
+            **inputs,
+            **self._negative,
+            generation_mode="image",
+            seed=[own.seed for own in drawings],
+            **sizes,
+            **self._sampling,
         )
         return self._processor.post_process_multimodal_output(output, generation_mode="image")
 

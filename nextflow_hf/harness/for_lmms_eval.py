@@ -37,7 +37,7 @@ class NextFlowLmms(lmms):
         lengths: dict[int, list[int]] = {}
         for place, request in enumerate(requests):
             settings = _settings(request)
-            if settings.get("do_sample") and settings.get("temperature"):
+            if settings.get("do_sample"):
                 raise ValueError("Answers are the likeliest words; this task asks for sampled ones (`do_sample`).")
             lengths.setdefault(settings.get("max_new_tokens", 128), []).append(place)
         for length, places in lengths.items():

@@ -1,5 +1,6 @@
 """Benchmarks' own files: what is read, and where each picture lies so that the benchmark's own scorer finds it."""
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-Source = Callable[[], Image.Image]
+Source = partial[Image.Image]
 
 PRISM_TRACKS = ("imagination", "entity", "text_rendering", "style", "affection", "composition", "long_text")
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -294,7 +295,8 @@ def _read_cvtg(files: Sequence[Path], sources: Path | None, images: int) -> list
         records = content.get("data_list") if isinstance(content, dict) else None
         if not isinstance(records, list):
             raise ValueError(f"{file} has no `data_list`; CVTG-2K has one in `CVTG/2.json` and its neighbours.")
-        subset = file.resolve().parent.name
+        # A cache's files are links to files of other names.
+        subset = file.absolute().parent.name
         for number, record in enumerate(records):
             index = _whole(record, "index", file, number)
             prompt = _text(record, "prompt", file, number)
@@ -458,7 +460,7 @@ def _picture(name, sources: Path | None, file: Path) -> Source:
     if sources is None:
         raise ValueError(f"{file} names the picture {name!r}; say in which folder it lies (`--sources FOLDER`).")
     path = sources / name
-    if not path.resolve().is_relative_to(sources.resolve()):
+    if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"{file}: the picture {name!r} would lie outside {sources}.")
     if not path.is_file():
         found = [path.with_name(path.name + ending) for ending in _PICTURES]
@@ -472,6 +474,12 @@ def _picture(name, sources: Path | None, file: Path) -> Source:
     except OSError as error:
         raise ValueError(f"The source picture {path} cannot be read: {error}") from error
     return partial(_open, path)
+
+
+def fingerprint(source: Source) -> str:
+    """Of what a source picture is: its file's bytes, or its pixels."""
+    (own,) = source.args
+    return hashlib.sha256(own.read_bytes() if isinstance(own, Path) else own.tobytes()).hexdigest()[:16]
 
 
 def _open(path: Path) -> Image.Image:

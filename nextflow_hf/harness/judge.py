@@ -86,6 +86,9 @@ class Judge:
             raise ValueError("Say which model judges.")
         if attempts < 1 or tries < 1:
             raise ValueError(f"At least one attempt and one try are needed, got {attempts} and {tries}.")
+        key = (key or "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError("The judge's key holds characters that no HTTP header can; it is not shown here.")
         base = url.rstrip("/")
         self.url = base if base.endswith("/chat/completions") else f"{base}/chat/completions"
         self.host = parts.netloc
@@ -145,8 +148,8 @@ class Judge:
         self._has_answered.set()
         try:
             said = json.loads(answer)["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError) as error:
-            raise _Malformed("The endpoint's answer is no chat completion.") from error
+        except (LookupError, TypeError) as error:
+            raise _Malformed("The endpoint's answer has no message.") from error
         if not isinstance(said, str):
             raise _Malformed("The answer has no text.")
         return said
@@ -161,7 +164,10 @@ class Judge:
             wait = min(2.0**attempt, _LONGEST_WAIT)
             try:
                 with self._opener.open(request, timeout=self.timeout) as response:
-                    return response.read(_LARGEST_ANSWER)
+                    answer = response.read(_LARGEST_ANSWER)
+                if _is_completion(answer):
+                    return answer
+                problem = f"{self.host} answers with no chat completion: {answer[:300].decode(errors='replace')}"
             except urllib.error.HTTPError as error:
                 with error:
                     problem = f"HTTP {error.code} from {self.host}: {_beginning(error)}"
@@ -185,6 +191,14 @@ class _Malformed(Exception):
 
 class _Refusal(Exception):
     """A request that the endpoint will not have."""
+
+
+def _is_completion(answer: bytes) -> bool:
+    """Whether an endpoint answered at all: gateways send errors and web pages with the status of success."""
+    try:
+        return bool(json.loads(answer)["choices"])
+    except (ValueError, LookupError, TypeError):
+        return False
 
 
 def _beginning(error: urllib.error.HTTPError) -> str:
@@ -274,7 +288,8 @@ class Verdicts:
         """Keep a verdict."""
         with self._lock:
             lines = [{"judge": self.judge}] if self._is_new else []
-            text = "".join(json.dumps(own, ensure_ascii=False) + "\n" for own in [*lines, vars(verdict)])
+            # In ASCII: half a character that an answer was cut in is no text that a file could hold.
+            text = "".join(json.dumps(own) + "\n" for own in [*lines, vars(verdict)])
             with open(self._path, "ab") as file:
                 file.write(text.encode())
                 file.flush()

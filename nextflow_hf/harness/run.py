@@ -16,7 +16,7 @@ from .. import BUNDLED, __version__
 from ..evaluation import weights_hash
 from ..files import save_picture, write_whole
 from .drawer import CheckpointDrawer, Drawer, Drawing, seed_of
-from .formats import BENCHMARKS, Item, read_items, side_by_side
+from .formats import BENCHMARKS, Item, fingerprint, read_items, side_by_side
 from .judge import Judge, Verdicts, png
 from .questions import QUESTIONS, Question, Templates
 from .scores import Scores, read_ocr, score_geneval, score_verdicts, score_words
@@ -42,6 +42,7 @@ def evaluate_benchmark(
     size: tuple[int, int] | None = None,
     batch_size: int = 16,
     device: str | None = None,
+    negative_prompt: str | None = None,
     rewritten: Path | None = None,
     judge: Judge | None = None,
     template: Path | None = None,
@@ -68,6 +69,7 @@ def evaluate_benchmark(
         size: (height, width) in pixels; by default the checkpoint's own, and for edits that of the source.
         batch_size: Pictures drawn at a time; moves no picture.
         device: Where the model runs; by default on the accelerator, if there is one.
+        negative_prompt: What guidance leads away from.
         rewritten: JSON object of rewritten prompts by prompt. They are drawn; judged is by the benchmark's own.
         judge: Who judges; without one, and without earlier verdicts, a judged benchmark has no scores.
         template: The judge's template file of the benchmark; ours by default.
@@ -107,12 +109,14 @@ def evaluate_benchmark(
             "benchmark": name,
             "prompts": len(items),
             "prompts_sha256": _hash([[item.key, item.prompt, item.pictures, item.fields] for item in items]),
+            "sources_sha256": _hash([[fingerprint(own) for own in item.sources] for item in items]),
             "rewritten_prompts_sha256": None if rewritten is None else _hash(prompts),
             "checkpoint": checkpoint,
             "weights_sha256": weights_hash(BUNDLED.get(checkpoint, checkpoint)),
             "seed": seed,
             "images_per_prompt": len(items[0].pictures),
             "image_size_asked": None if size is None else list(size),
+            "negative_prompt": negative_prompt,
             "sampling_asked": sampling,
             "nextflow_hf": __version__,
         }
@@ -125,7 +129,7 @@ def evaluate_benchmark(
         folder,
         seed,
         batch_size,
-        make_drawer or (lambda: CheckpointDrawer(checkpoint, size, device, **sampling)),
+        make_drawer or (lambda: CheckpointDrawer(checkpoint, size, device, negative_prompt, **sampling)),
     )
     _write_companions(items, output)
     if grids or name == "dpg":
@@ -294,6 +298,12 @@ def _draw_missing(
         for sample, name in enumerate(item.pictures)
         if not (folder.path / name).is_file()
     ]
+    for item in items:
+        for source in item.sources if missing else ():
+            try:
+                source()
+            except (OSError, ValueError) as error:
+                raise ValueError(f"A source picture of {item.key!r} cannot be read: {error}") from error
     if not missing:
         return
     drawer = make_drawer()

@@ -233,7 +233,7 @@ def score_geneval(file: Path, items: Sequence[Item]) -> Scores:
 # ---- model cards -----------------------------------------------------------------------------------------------------
 
 
-def eval_results(path: Path) -> list[EvalResult]:
+def eval_results(path: str | Path) -> list[EvalResult]:
     """A run's `results.json` as entries of a model card's `model-index`, each with the settings that moved it.
 
     Pass them as `ModelCardData(eval_results=...)`.
@@ -242,7 +242,7 @@ def eval_results(path: Path) -> list[EvalResult]:
         ValueError: If the file is no run's, or has no scores.
     """
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
         benchmark, scores, settings = BENCHMARKS[result["benchmark"]], result["scores"], result["settings"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is not the `results.json` of a benchmark's run: {error!r}") from error

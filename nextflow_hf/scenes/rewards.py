@@ -16,7 +16,7 @@ from .prompts import make_prompts
 from .questions import Question, ask
 from .referee import Reading, Referee
 from .sampling import CATEGORIES, FAMILIES, sample_scene
-from .signs import SignReader, draw_sign, words_of_sign
+from .signs import SignReader, ask_freely, draw_sign, words_of_sign
 from .source import QUESTION
 from .world import Scene, lattice_for, render
 
@@ -137,14 +137,16 @@ class WordPrompts(_Rows):
         number: How many.
         split: "train" writes strings of letters and numbers; see `draw_sign`.
         seed: Different seeds give different words.
+        free_share: Share of prompts in ways to ask that training did not have ([`ask_freely`]).
     """
 
-    def __init__(self, number: int = 1000, split: str = "train", seed: int = 0):
+    def __init__(self, number: int = 1000, split: str = "train", seed: int = 0, free_share: float = 0.0):
         rng = np.random.default_rng(seed)
         signs = [draw_sign(rng, split, document_share=0.0) for _ in range(number)]
         self.rows = [
-            {"id": f"word {index}", "prompt": [{"role": "user", "content": words_of_sign(own, rng)}], "words": own.text}
+            {"id": f"word {index}", "prompt": [{"role": "user", "content": prompt}], "words": own.text}
             for index, own in enumerate(signs)
+            for prompt in [ask_freely(own, rng) if rng.random() < free_share else words_of_sign(own, rng)]
         ]
 
 

@@ -21,6 +21,8 @@ SLOT = 16
 _SIGN_LINE, _DOCUMENT_LINE = 32, 20
 _FONT_SHARE = 0.98
 MAX_LETTERS, MAX_ITEMS, MAX_ITEM_LETTERS = 5, 3, 3
+# Of random signs, how many are documents.
+DOCUMENT_SHARE = 0.25
 _WORD_LIST = """
 SUN SEA SKY DOG CAT COW PIG HEN ANT BEE OWL FOX BUS CAR VAN BOX BAG HAT CAP CUP POT PAN JAM PIE EGG NUT TEA ICE
 RED BIG NEW OLD HOT WET DRY ONE TWO SIX TEN YES NOW OUT
@@ -243,7 +245,7 @@ def _nearest(color: np.ndarray, known: dict[str, tuple[int, int, int]]) -> str:
     return min(known, key=lambda name: float(np.linalg.norm(np.array(known[name]) - color)))
 
 
-def draw_sign(rng: np.random.Generator, split: str = "train", document_share: float = 0.25) -> Sign:
+def draw_sign(rng: np.random.Generator, split: str = "train", document_share: float = DOCUMENT_SHARE) -> Sign:
     """A random sign of a split: `WORDS` belong to the test split (every fourth to validation), training has others.
 
     Training writes strings of letters and numbers that are not among `WORDS`.
@@ -281,6 +283,27 @@ def words_of_sign(sign: Sign, rng: np.random.Generator | None = None) -> str:
         listed = ", ".join(f'"{item}"' for item in sign.items)
         return f'a list with the title "{sign.text}" in {sign.color} and the items {listed}{where}'
     return f'the word "{sign.text}" in {sign.color}{where}'
+
+
+# Ways to ask for a word that no training data have: a reward alone can teach them.
+FREE_PROMPTS = (
+    'the word "{text}" in {color} on {background}',
+    'a word "{text}" in {color} on a {background} background',
+    'draw the word "{text}" in {color} on a {background} background',
+)
+
+
+def ask_freely(sign: Sign, rng: np.random.Generator) -> str:
+    """Words that ask for a sign without a list in one of the ways that training did not have.
+
+    Raises:
+        ValueError: If the sign has a list.
+    """
+    if sign.items:
+        raise ValueError("Lists have no other words than those of training.")
+    return FREE_PROMPTS[rng.integers(len(FREE_PROMPTS))].format(
+        text=sign.text, color=sign.color, background=sign.background
+    )
 
 
 def transcript(sign: Sign) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 
 from .captions import caption, caption_with_places, describe
 from .sampling import FAMILIES, sample_scene
-from .signs import Sign, draw_sign, render_sign, transcript, words_of_sign
+from .signs import DOCUMENT_SHARE, Sign, draw_sign, render_sign, transcript, words_of_sign
 from .world import Scene, lattice_for, render
 
 QUESTION = "describe the picture"
@@ -81,7 +81,7 @@ class SignSource:
         num_pictures: int = 100_000,
         seed: int = 0,
         split: str = "train",
-        document_share: float = 0.25,
+        document_share: float = DOCUMENT_SHARE,
         font: str | None = None,
     ):
         self.num_pictures, self.seed, self.split = num_pictures, seed, split

@@ -189,6 +189,10 @@ def test_interleaved_answers_are_one_for_each_prompt():
     for settings in ({"num_return_sequences": 2}, {"return_dict_in_generate": True}):
         with pytest.raises(ValueError, match="one answer for each prompt"):
             small_model().generate(torch.tensor([[7, 8]]), generation_mode="interleaved", **settings)
+    with pytest.raises(ValueError, match=r"does not take \['best_of', 'streamer'\]"):
+        small_model().generate(
+            torch.tensor([[7, 8]]), generation_mode="interleaved", best_of=2, streamer=ScaleStreamer()
+        )
 
 
 @pytest.mark.parametrize(("context_image", "slots"), [("scales", 29), ("scales+final", 45), ("final", 16)])

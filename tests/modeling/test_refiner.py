@@ -377,6 +377,10 @@ def test_pictures_come_in_every_mode(vq_model):
     clear = Image.new("RGBA", image.size, (9, 9, 9, 0))
     torch.testing.assert_close(draw(clear), draw(Image.new("RGB", image.size, "white")))
     assert torch.isfinite(draw(image.convert("L"))).all()
+    deep = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    torch.testing.assert_close(draw(deep), draw(image.convert("L")))
+    bytes_ = torch.from_numpy(array.copy()).movedim(-1, 0)[None]
+    torch.testing.assert_close(draw(bytes_), expected, atol=1e-5, rtol=1e-5)
     for wrong in (array.astype(np.float32), torch.rand(1, 3, 32, 32) * 2 - 1):
         with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
             draw(wrong)
@@ -524,6 +528,8 @@ def test_input_that_cannot_be_refined_is_refused(vq_model):
         ({"image": image, "codes": encoding.codes, "grids": encoding.grids}, "either `image` or `codes`"),
         ({"codes": encoding.codes}, "belong together"),
         ({"image": image, "upsampling": 4}, "`upsampling` is one of"),
+        ({"image": image, "upsampling": 2.0}, "`upsampling` is one of"),
+        ({"image": []}, "empty list"),
         ({"image": image, "strength": 1.5}, "`strength` must lie"),
         ({"image": image, "num_inference_steps": 0}, "`num_inference_steps` must be"),
         ({"image": image, "num_images_per_prompt": 0}, "`num_images_per_prompt` must be"),

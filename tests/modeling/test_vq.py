@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import small_config
+from small_models import small_config, small_model
 
 from nextflow_hf.modeling import modeling_nextflow_vq
 from nextflow_hf.modeling.modeling_nextflow_vq import DualCodebook, NextFlowVQModel
@@ -264,3 +264,14 @@ def test_what_export_traces_leaves_no_trace(vq_model):
     maps = torch.randn(1, 2, 3, 5)
     exported = torch.export.export(Resize(), (maps,)).module()
     torch.testing.assert_close(exported(maps), modeling_nextflow_vq.upsample(maps, (7, 11)))
+
+
+def test_a_whole_nextflow_is_no_tokenizer_and_a_tokenizer_no_nextflow(tmp_path):
+    model = small_model()
+    model.save_pretrained(tmp_path / "whole")
+    model.vq_model.save_pretrained(tmp_path / "vq")
+    with pytest.raises(ValueError, match="'nextflow', and NextFlowVQModel"):
+        NextFlowVQModel.from_pretrained(tmp_path / "whole")
+    with pytest.raises(ValueError, match="'nextflow_vq', and NextFlowForConditionalGeneration"):
+        type(model).from_pretrained(tmp_path / "vq")
+    assert NextFlowVQModel.from_pretrained(tmp_path / "vq").fingerprint() == model.vq_model.fingerprint()

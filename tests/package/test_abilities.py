@@ -172,3 +172,7 @@ def test_words_are_scored_by_what_is_read(monkeypatch):
     assert {name: one["score"] for name, one in result.items()} == dict.fromkeys(result, 1.0)
     assert {"words drawn", "lists drawn: letters", "words read"} <= set(result)
     assert SignReader().read(render_sign(signs[0])).shows(signs[0])
+    signs = [draw_sign(own.rng(index), "test", 0.0) for index in range(12)]
+    by_prompt |= {words_of_sign(sign): sign for sign in signs}
+    alone = abilities.score_words(own, document_share=0.0)
+    assert "words drawn" in alone and "lists drawn" not in alone

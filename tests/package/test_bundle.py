@@ -60,6 +60,16 @@ def test_an_ability_that_is_gone_counts_as_nothing():
         check_better(scores(0.70, 0.6, words=0.5), scores(0.71, 0.61))
 
 
+def test_a_checkpoint_of_words_is_replaced_by_one_that_draws_more_of_them():
+    def drawn(words, letters):
+        return {"words": {"words drawn": {"score": words}, "words drawn: letters": {"score": letters}}}
+
+    assert scores_of(drawn(0.6, 0.9)) == {"words drawn": 0.6, "words drawn: letters": 0.9}
+    check_better(drawn(0.6, 0.9), drawn(0.7, 0.9))
+    with pytest.raises(ValueError, match=r"words drawn 0.600 to 0.500"):
+        check_better(drawn(0.6, 0.9), drawn(0.5, 0.95))
+
+
 def test_half_precision_on_disk_loads_as_what_it_was(tmp_path):
     """Half the bytes, the same codes, and weights in float32 that differ by half precision's rounding alone."""
     model = small_model(tie_word_embeddings=True)

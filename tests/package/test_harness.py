@@ -534,6 +534,30 @@ def test_a_busy_endpoint_is_waited_for(tmp_path):
     assert verdict.marks == [1.0] and waits == [7.0, 2.0]
 
 
+@pytest.mark.parametrize("body", ["<html>welcome</html>", '{"error": {"code": 429, "message": "slow down"}}'])
+def test_an_answer_that_is_none_is_no_verdict(body, tmp_path):
+    file = wise_file(tmp_path, (1, 2))
+    no_chat = pytest.raises(ConnectionError, match="no chat completion")
+    with StubJudge(lambda text, number: (200, {}, body)) as stub, no_chat:
+        run("wise", [file], tmp_path / "out", judge=judge_at(stub, tries=2))
+    with StubJudge(wise_answer) as stub:
+        assert run("wise", [file], tmp_path / "out", judge=judge_at(stub))["unjudged"] == 0
+
+
+def test_an_answer_cut_within_a_character_is_kept(tmp_path):
+    verdicts = Verdicts(tmp_path / "verdicts.jsonl")
+    verdicts.claim({"model": "m"})
+    verdicts.add(Verdict("1", "q", None, "nice \ud83d"))
+    assert Verdicts(tmp_path / "verdicts.jsonl").get("1", "q").answer == "nice \ud83d"
+
+
+def test_a_key_is_cleaned_and_never_shown():
+    Judge("http://judge/v1", "m", key="sk-secret\r\n")
+    with pytest.raises(ValueError, match="not shown") as refused:
+        Judge("http://judge/v1", "m", key="sk-\nsecret")
+    assert "secret" not in str(refused.value)
+
+
 def test_an_endpoint_that_stays_away_loses_nothing(tmp_path):
     file = wise_file(tmp_path, (1, 2, 3))
     away = [False]
@@ -758,6 +782,26 @@ def test_source_pictures_are_checked_first(tmp_path):
         read_items("imgedit", [outside], tmp_path / "sources")
 
 
+def test_other_source_pictures_are_other_settings(tmp_path):
+    file = edit_files(tmp_path, "imgedit")
+    run("imgedit", [file], tmp_path / "out", sources=tmp_path / "sources")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "sources/2.png")
+    with pytest.raises(ValueError, match="sources_sha256"):
+        run("imgedit", [file], tmp_path / "out", sources=tmp_path / "sources")
+
+
+def test_a_cache_of_links_is_read_by_the_names_of_the_links(tmp_path):
+    files = tmp_path / "blobs"
+    files.mkdir()
+    records = {"data_list": [{"index": 0, "prompt": "a sign 'open'"}]}
+    for name in ("CVTG", "CVTG-Style"):
+        write(files / name, records)
+        (tmp_path / "snapshot" / name).mkdir(parents=True)
+        (tmp_path / "snapshot" / name / "2.json").symlink_to(files / name)
+    items = read_items("cvtg", [tmp_path / "snapshot"])
+    assert [item.key for item in items] == ["CVTG/2/0", "CVTG-Style/2/0"]
+
+
 def test_two_prompts_of_one_name_are_refused(tmp_path):
     with pytest.raises(ValueError, match="named '1'"):
         read_items("wise", [wise_file(tmp_path, (1, 1))])
@@ -814,8 +858,10 @@ def test_edits_have_the_shape_of_their_source(tmp_path):
     assert [own.size for own in both] == [(64, 64), (80, 48)]
     (alone,) = drawer.draw(drawings[1:])
     assert np.abs(np.asarray(alone, int) - np.asarray(both[1], int)).max() <= 1
-    several = drawer.draw([Drawing("c", "both of them", (square, wide), 5)])
-    assert several[0].size == (64, 64)
+    several = Drawing("c", "both of them", (square, wide), 5)
+    assert drawer.draw([several])[0].size == (64, 64)
+    # Beside one of several pictures, too.
+    assert [own.size for own in drawer.draw([drawings[1], several])] == [(80, 48), (64, 64)]
 
 
 def test_geneval_with_the_bundled_checkpoint(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -252,6 +253,12 @@ def test_prompts_for_words_are_rewarded_for_just_those_words():
     drawn = [Image.fromarray(render_sign(Sign(word, "red"))) for word in wanted]
     assert word_reward([row["prompt"] for row in prompts], drawn, wanted) == [2.0] * 20
     assert max(word_reward([None] * 19, drawn[1:], ["QZJ"] * 19)) < 1
+    # Half of them in other ways.
+    free = WordPrompts(60, seed=3, free_share=0.5)
+    ways = [row["prompt"][0]["content"] for row in free]
+    assert all(f'"{row["words"]}"' in way for row, way in zip(free, ways))
+    usual = sum(re.fullmatch(r'the word "\w+" in \w+( on a \w+ background)?', way) is not None for way in ways)
+    assert 20 < usual < 40
 
 
 def test_edits_are_rewarded_for_the_changed_scene_alone(monkeypatch):

@@ -112,6 +112,10 @@ def test_turns_of_no_weight_are_only_looked_at():
         ("messages", {"messages": [{"role": "user", "content": "a"}], "images": [png()]}, "places for 0 pictures"),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "video"}]}], "images": []}, "'video'"),
         ("interleaved", {"content": None}, "record r7"),
+        ("interleaved", {"content": ["a", "b"]}, "record r7"),
+        ("messages", {"messages": [{"role": "gpt", "content": "a"}], "images": []}, "'gpt'"),
+        ("messages", {"messages": [{"role": "user", "content": "a", "weight": "0"}], "images": []}, "weight"),
+        ("text", {"text": ["a", "an <|image_pad|> here"]}, "<|image_pad|>"),
     ],
 )
 def test_broken_records_say_which_and_why(kind, record, reason):
@@ -158,23 +162,25 @@ def write_webdataset(folder):
     }
 
 
+class Stream:
+    column_names = ["text"]
+    read = 0
+
+    def __init__(self, number, first=0):
+        self.number, self.first = number, first
+
+    def skip(self, number):
+        return Stream(self.number, self.first + number)
+
+    def __iter__(self):
+        for number in range(self.first, self.number):
+            Stream.read += 1
+            yield {"text": f"text {number}"}
+
+
 def test_a_stream_is_read_once_whatever_the_shards():
-    class Stream:
-        column_names = ["text"]
-        read = 0
-
-        def __init__(self, first=0):
-            self.first = first
-
-        def skip(self, number):
-            return Stream(self.first + number)
-
-        def __iter__(self):
-            for number in range(self.first, 95):
-                Stream.read += 1
-                yield {"text": f"text {number}"}
-
-    reader = DocumentReader(Stream(), "text")
+    Stream.read = 0
+    reader = DocumentReader(Stream(95), "text")
     shards = [[index for index, _ in reader.read(first, first + 10)] for first in range(0, 120, 20)]
     assert shards == [[*range(first, min(first + 10, 95))] for first in range(0, 120, 20)]
     assert Stream.read == 95
@@ -285,6 +291,21 @@ def test_a_directory_of_other_data_is_refused_and_one_of_fewer_goes_on(tmp_path,
         with pytest.raises(ValueError, match=message):
             documents(records, **more)
     assert documents(captions(10), seed=1) == [f"dot-{index}" for index in range(10)]
+
+
+def test_a_stream_that_grew_loses_nothing(tmp_path, vq_model):
+    for number in (6, 11):
+        manifest = extract({"t": DocumentReader(Stream(number), "text")}, vq_model, tmp_path, SETTINGS)["t"]
+        assert manifest["documents"] == number
+    ids = [CodedDocuments(tmp_path / "t")[index][0] for index in range(11)]
+    assert ids == [str(index) for index in range(11)]
+
+
+def test_a_resolution_that_the_tokenizer_has_not_is_no_broken_record(tmp_path, vq_model):
+    settings = ExtractionSettings(resolution=256, shard_size=4)
+    with pytest.raises(ValueError, match="`resolution` is one of"):
+        extract({"dots": DocumentReader(captions(), "text_to_image")}, vq_model, tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_directory_of_other_settings_is_refused(tmp_path, vq_model):

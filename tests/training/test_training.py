@@ -27,8 +27,8 @@ from nextflow_hf.training.recipe import RECIPES, Recipe, load_recipe
 from nextflow_hf.training.sequences import CodedImage, SequenceBuilder
 from nextflow_hf.training.stage_trainer import EmaCallback, NonFiniteError, check_writable, run_stage, save_whole
 from nextflow_hf.training.stages import STAGES, run_recipe
-from nextflow_hf.training.train_decoder import DrawAndReadDataset
-from nextflow_hf.training.train_vq import _mean_losses, by_size
+from nextflow_hf.training.train_decoder import DrawAndReadDataset, _set_entries
+from nextflow_hf.training.train_vq import _mean_losses, by_size, train_teacher
 from nextflow_hf.training.zero import CONFIGS, check_zero, zero_arguments
 
 # ---- sequences -------------------------------------------------------------------------------------------------------
@@ -510,6 +510,25 @@ def test_bundled_recipes_are_complete(name, tmp_path):
             assert document.images
 
 
+def test_a_recipe_without_a_folder_for_its_result_is_refused(tmp_path):
+    (tmp_path / "own.yaml").write_text("stage: decoder")
+    with pytest.raises(ValueError, match="lacks.*output_dir"):
+        load_recipe(str(tmp_path / "own.yaml"))
+
+
+def test_a_missing_start_names_the_recipe_that_makes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="nextflow-hf train mini-teacher"):
+        run_recipe(load_recipe("mini-vq-pixel"))
+
+
+def test_a_bundled_checkpoint_is_a_start_by_its_name(monkeypatch):
+    ran = []
+    monkeypatch.setitem(STAGES, "grpo", ran.append)
+    run_recipe(load_recipe("mini-grpo", ["init_from.decoder=mini"]))
+    assert ran[0].init_from["decoder"] == nextflow_hf.MINI
+
+
 def test_overrides():
     recipe = load_recipe("mini-pretrain-64", ["trainer.max_steps=7", "stage_args.abilities=[image]"])
     assert recipe.trainer["max_steps"] == 7 and recipe.stage_args["abilities"] == ["image"]
@@ -524,6 +543,10 @@ def test_overrides():
         (lambda: load_source({"size": [64, 64]}), "module:name"),
         (lambda: load_source({"class": "nextflow_hf.scenes:NoSuchSource"}), "cannot be imported"),
         (lambda: run_recipe(Recipe(stage="dream", output_dir="x")), "stage is one of"),
+        (lambda: run_recipe(load_recipe("mini-grpo", ["stage_args.blent=0.5"])), r"does not know .* \['blent'\]"),
+        (lambda: run_recipe(load_recipe("mini-grpo", ["init_from.decoder=/no/such"])), "init_from.decoder.*not there"),
+        (lambda: run_recipe(load_recipe("mini-all", ["config.context_image=final"])), "have their own"),
+        (lambda: train_teacher(Recipe("teacher", "x", config={"vq.pixel_dimm": 3})), "pixel_dimm"),
     ],
 )
 def test_refuses_recipes_that_cannot_run(call, message):
@@ -778,6 +801,25 @@ class WithSizes(CodedDocuments):
     def __init__(self, *args, sizes):
         super().__init__(*args)
         self.manifest["image_sizes"] = sizes
+
+
+def test_samples_are_drawn_by_a_decoder_that_could_not_draw_before(train_on_codes):
+    train_on_codes("reads", 1, abilities=["caption"])
+    samples = {"sample_prompts": ["dot 1"], "sample_every": 1}
+    folder = train_on_codes("draws", 1, decoder="reads", abilities=["image"], **samples)
+    assert (folder / "samples" / "step-000001.png").is_file()
+    for settings, message in (({"abilities": ["caption"]}, '"image"'), ({"image_size": [16, 16]}, "cannot be drawn")):
+        with pytest.raises(ValueError, match=message):
+            train_on_codes("never", 1, **{**samples, **settings})
+
+
+def test_entries_that_a_decoder_does_not_have_are_refused():
+    for entries, message in (
+        ({"contxt_image": "final"}, "contxt_image"),
+        ({"text.hidden_size": 8}, "text.hidden_size"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _set_entries(small_model(), entries)
 
 
 def test_losses_of_the_scales_and_sample_sheets_are_in_tensorboard(train_on_codes):
