@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="draw pictures of a prompt")
     generate.add_argument("prompt")
-    generate.add_argument("--checkpoint", default="mini", help='"mini" (bundled), a folder or a Hub id')
+    generate.add_argument("--checkpoint", default="mini", help='"mini" or "mini-words" (bundled), a folder or a Hub id')
     generate.add_argument("--output", type=Path, default=Path("pictures"), help="folder for the PNG files")
     generate.add_argument("--count", type=int, default=1, help="pictures to draw")
     generate.add_argument("--size", type=_size, help="HEIGHTxWIDTH in pixels")

@@ -25,8 +25,8 @@ _WHITE = 128
 def load(
     checkpoint: str, device: str | torch.device | None = None
 ) -> tuple[NextFlowForConditionalGeneration, NextFlowProcessor]:
-    """Model and processor of a checkpoint: "mini" (bundled), a folder or a Hub id; on the accelerator, if there is one,
-    or another `device`."""
+    """Model and processor of a checkpoint: a name of `BUNDLED`, a folder or a Hub id; on the accelerator, if there is
+    one, or another `device`."""
     path = BUNDLED.get(checkpoint, checkpoint)
     model = AutoModelForMultimodalLM.from_pretrained(path).eval()
     if device is None:

@@ -28,6 +28,7 @@ from nextflow_hf.training.grpo import (
 )
 from nextflow_hf.training.recipe import Recipe
 from nextflow_hf.training.rewards import SimilarityReward, ocr_score
+from nextflow_hf.training.stage_trainer import NonFiniteError
 from nextflow_hf.training.stages import run_recipe
 from nextflow_hf.training.train_decoder import processor_for
 
@@ -511,10 +512,10 @@ def test_settings_that_cannot_work_are_refused_at_once(checkpoint, tmp_path, set
         trainer_of(checkpoint, tmp_path, **settings)
 
 
-def test_a_recipe_trains_and_saves_a_checkpoint_that_draws(checkpoint, tmp_path):
-    recipe = Recipe(
+def recipe_of(checkpoint, folder):
+    return Recipe(
         stage="grpo",
-        output_dir=str(tmp_path / "run"),
+        output_dir=str(folder),
         init_from={"decoder": str(checkpoint)},
         source={"class": "nextflow_hf.scenes:ScenePrompts", "per_category": 1},
         stage_args={"rewards": [{"function": "test_grpo:bright", "weight": 2}]},
@@ -527,6 +528,18 @@ def test_a_recipe_trains_and_saves_a_checkpoint_that_draws(checkpoint, tmp_path)
             "use_cpu": True,
         },
     )
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_names_its_prompts(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.nn.utils.get_total_norm", lambda gradients: torch.tensor(float("nan")))
+    with pytest.raises(NonFiniteError, match="gradient of step 1"):
+        run_recipe(recipe_of(checkpoint, tmp_path))
+    report = json.loads((tmp_path / "nonfinite.json").read_text())
+    assert report["step"] == 1 and len(report["ids"]) == 4 and not (tmp_path / "final").exists()
+
+
+def test_a_recipe_trains_and_saves_a_checkpoint_that_draws(checkpoint, tmp_path):
+    recipe = recipe_of(checkpoint, tmp_path / "run")
     run_recipe(recipe)
     loaded = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "run" / "final")
     assert len(loaded.generate(torch.tensor([[7]]), generation_mode="image", image_size=(16, 16)).images) == 1
