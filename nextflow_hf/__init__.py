@@ -17,7 +17,9 @@ from .registration import register
 _checkpoints = Path(__file__).resolve().parent / "checkpoints"
 MINI = str(_checkpoints / "nextflow-mini")
 """Folder of the bundled checkpoint, for every `from_pretrained`."""
-BUNDLED = {"mini": MINI}
+MINI_WORDS = str(_checkpoints / "nextflow-mini-words")
+"""Folder of the bundled checkpoint that draws words and nothing else."""
+BUNDLED = {"mini": MINI, "mini-words": MINI_WORDS}
 REFINERS = {"mini": str(_checkpoints / "nextflow-mini-refiner")}
 """Bundled refiners of what the bundled checkpoints draw."""
 
@@ -39,7 +41,7 @@ _EXPORTS = {
     "NextFlowImageProcessor": "processing.image_processing_nextflow",
     "NextFlowImageProcessorPil": "processing.image_processing_pil_nextflow",
 }
-__all__ = ["BUNDLED", "MINI", "REFINERS", "register", *_EXPORTS]
+__all__ = ["BUNDLED", "MINI", "MINI_WORDS", "REFINERS", "register", *_EXPORTS]
 
 
 def __getattr__(name: str):

@@ -1,5 +1,5 @@
 """`make demo`: draws a contact sheet, shows a picture sharpening scale by scale, describes pictures, answers questions
-about them, edits others, thinks before it draws, tells a story, and refines a picture."""
+about them, edits others, thinks before it draws, tells a story, refines a picture, and writes words."""
 
 from pathlib import Path
 
@@ -29,6 +29,12 @@ EDITS = 8
 RIDDLE = "as many red circles as one plus two"
 STORY = "tell a story of a small red circle in three pictures"
 REFINED = "a yellow triangle and a purple cross"
+WORDS = (
+    'the word "OPEN" in green on a white background',
+    'the word "HELLO" in red on a gray background',
+    'the word "SUN" in yellow on a black background',
+    'the word "2026" in blue on a white background',
+)
 SEEDS = 4
 _TILE, _MARGIN, _CAPTION = 128, 8, 34
 
@@ -117,11 +123,26 @@ def run_demo(folder: Path) -> None:
     save_picture(Image.fromarray(np.concatenate([np.asarray(own) for own in pair], axis=1)), folder / "refined.png")
     print(f"{folder / 'refined.png'}: {REFINED!r}, drawn, and refined to twice the size")
 
+    # 7. Words, by the checkpoint that draws nothing else; four seeds in a row.
+    writer, its_processor = load("mini-words")
+    written = draw_prompts(
+        writer, its_processor, [own for own in WORDS for _ in range(SEEDS)], [*range(SEEDS)] * len(WORDS)
+    )
+    save_picture(tiled(written, SEEDS), folder / "words.png")
+    print(f"{folder / 'words.png'}: {', '.join(WORDS)}")
+
 
 def _write(prompt: str, parts: list, folder: Path) -> None:
     """As `write_story`, in place of what an earlier demo left."""
     (folder / "story.md").unlink(missing_ok=True)
     print(f"{write_story(prompt, parts, folder)[0]}: {prompt!r}")
+
+
+def tiled(pictures: list[Image.Image], columns: int, factor: int = 2) -> Image.Image:
+    """Pictures of one size side by side in rows, `factor` times as large."""
+    rows = [np.concatenate(pictures[first : first + columns], axis=1) for first in range(0, len(pictures), columns)]
+    sheet = Image.fromarray(np.concatenate(rows))
+    return sheet.resize((factor * sheet.width, factor * sheet.height), Image.Resampling.NEAREST)
 
 
 def contact_sheet(prompts, columns) -> Image.Image:

@@ -10,6 +10,7 @@ from PIL import Image
 import nextflow_hf
 from nextflow_hf.cli import main
 from nextflow_hf.demo import contact_sheet
+from nextflow_hf.evaluation import evaluate_words
 from nextflow_hf.files import write_whole
 from nextflow_hf.inference import load
 
@@ -108,6 +109,43 @@ def test_evaluate_refuses_before_anything_is_drawn_and_may_leave_captions_out(tm
     monkeypatch.setattr("nextflow_hf.evaluation.load", lambda checkpoint: (model, processor))
     assert main(["evaluate", "scenes", "--think"]) == 2
     assert "does not think" in capsys.readouterr().err
+
+
+def test_words_are_evaluated_as_the_checkpoint_samples_or_as_asked(tmp_path, capsys):
+    path = tmp_path / "words.json"
+    assert main(["evaluate", "words", "--checkpoint", "mini-words", "--tests", "6", "--output", str(path)]) == 0
+    result = json.loads(path.read_text())
+    ways = ("words drawn", "words drawn, asked in other ways")
+    assert set(result["words"]) == {*ways, *(f"{way}: letters" for way in ways)}
+    assert result["words"]["words drawn: letters"]["score"] > 0.5
+    assert result["settings"]["tests"] == 6 and result["settings"]["sampling"]["temperature"] != 0.3
+    assert "| words drawn: letters |" in capsys.readouterr().out
+    plain = evaluate_words("mini-words", 2, temperature=0.3)
+    assert plain["settings"]["sampling"]["temperature"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--captions", "5"], "does not take --captions"),
+        (["--think"], "does not take --think"),
+        (["--judge-model", "m"], "benchmarks do"),
+        (["--tests", "0"], "At least one word"),
+        (["--output", "{tmp}"], "is a folder"),
+    ],
+)
+def test_words_refuse_what_they_do_not_take(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("nextflow_hf.evaluation.load", pytest.fail)
+    assert main(["evaluate", "words", *(own.format(tmp=tmp_path) for own in arguments)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_words_are_not_asked_of_a_checkpoint_that_never_drew_their_size(capsys, monkeypatch):
+    model, processor = load("mini")
+    model.config.trained_image_sizes = [[64, 64]]
+    monkeypatch.setattr("nextflow_hf.evaluation.load", lambda checkpoint: (model, processor))
+    assert main(["evaluate", "words"]) == 2
+    assert "48x80" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
