@@ -34,6 +34,10 @@ WORDS = (
     'the word "HELLO" in red on a gray background',
     'the word "SUN" in yellow on a black background',
     'the word "2026" in blue on a white background',
+    'the word "FROG" in purple on a gray background',
+    'the word "A1" in orange on a black background',
+    'a word "TRAIN" in pink on a white background',
+    'draw the word "SKY" in cyan on a black background',
 )
 SEEDS = 4
 _TILE, _MARGIN, _CAPTION = 128, 8, 34
@@ -123,12 +127,10 @@ def run_demo(folder: Path) -> None:
     save_picture(Image.fromarray(np.concatenate([np.asarray(own) for own in pair], axis=1)), folder / "refined.png")
     print(f"{folder / 'refined.png'}: {REFINED!r}, drawn, and refined to twice the size")
 
-    # 7. Words, by the checkpoint that draws nothing else; four seeds in a row.
+    # 7. Words, by the checkpoint that draws nothing else.
     writer, its_processor = load("mini-words")
-    written = draw_prompts(
-        writer, its_processor, [own for own in WORDS for _ in range(SEEDS)], [*range(SEEDS)] * len(WORDS)
-    )
-    save_picture(tiled(written, SEEDS), folder / "words.png")
+    written = draw_prompts(writer, its_processor, list(WORDS), [0] * len(WORDS))
+    save_picture(tiled(written, columns=4), folder / "words.png")
     print(f"{folder / 'words.png'}: {', '.join(WORDS)}")
 
 

@@ -3,6 +3,7 @@
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .evaluation import table
+from .scenes.signs import FREE_PROMPTS
 
 _BODY = """\
 # nextflow-{name}
@@ -115,7 +116,8 @@ else: no scenes, no lists, no other letters, no reading; `nextflow-mini` is the 
 
 A word counts where a reader finds it to the letter; letters are 1 - normalised edit distance. The words scored are
 English ones, training saw strings of letters and digits that are none of them; intervals come from resampling the
-words. Sampling ({sampling}) has one number for all scales, or one per scale. Every setting is in `evaluation.json`.
+words. The other ways to ask ({ways}) had no example: rewards alone taught them.
+Sampling ({sampling}) has one number for all scales, or one per scale. Every setting is in `evaluation.json`.
 Reproduce with
 
 ```
@@ -156,6 +158,7 @@ def words_card(name: str, model, result: dict) -> ModelCard:
         name=name,
         constant=name.upper().replace("-", "_"),
         sampling=_sampling(result),
+        ways=", ".join(f"`{way.format(text='OPEN', color='red', background='white')}`" for way in FREE_PROMPTS),
         table=table(result),
         **_sizes_of_parts(model),
     )
