@@ -13,9 +13,8 @@ from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
+from PIL import Image, ImageOps
 
-from ..processing.image_processing_base_nextflow import to_rgb
 from .modeling_refiner import UPSAMPLING, NextFlowRefinerModel, refiner_condition
 
 
@@ -271,7 +270,7 @@ class NextFlowRefinerPipeline(DiffusionPipeline):
         """`(batch, 3, height, width)` in [-1, 1]."""
         own = [image] if isinstance(image, (Image.Image, np.ndarray)) else image
         if isinstance(own, (list, tuple)):
-            own = [to_rgb(each) if isinstance(each, Image.Image) else each for each in own]
+            own = [_rgb(each) if isinstance(each, Image.Image) else each for each in own]
             own = [each / 255 if _is_bytes(each) else each for each in own]
         elif _is_bytes(own):
             own = own / 255
@@ -365,6 +364,21 @@ class NextFlowRefinerPipeline(DiffusionPipeline):
 
     def _to_images(self, pixels: torch.Tensor, output_type: str):
         return self.image_processor.postprocess(pixels.float().clamp(-1, 1), output_type=output_type)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB, upright, on white where it is transparent."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(
+            f"A picture of the mode {image.mode!r} does not say its range; give 8 or 16 bits, or an array."
+        )
+    if image.mode == "RGB":
+        return image
+    own = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", own.size, (255, 255, 255, 255)), own).convert("RGB")
 
 
 def _is_bytes(image) -> bool:
