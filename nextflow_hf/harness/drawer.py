@@ -26,8 +26,8 @@ class Drawer(Protocol):
     def settings(self) -> dict:
         """All that moves a picture and is not in the command: as JSON knows it."""
 
-    def check(self, prompts: dict[str, str]) -> None:
-        """Raise `ValueError` for the first prompt, by its name, that cannot be drawn."""
+    def check(self, prompt: str, sources: Sequence[Image.Image]) -> None:
+        """Raise `ValueError` if a prompt with these pictures cannot be drawn."""
 
     def draw(self, drawings: Sequence[Drawing]) -> list[Image.Image]:
         """A picture for each."""
@@ -81,13 +81,11 @@ class CheckpointDrawer:
             "transformers": transformers.__version__,
         }
 
-    def check(self, prompts: dict[str, str]) -> None:
+    def check(self, prompt: str, sources: Sequence[Image.Image]) -> None:
         """See [`Drawer`]."""
-        for key, prompt in prompts.items():
-            try:
-                prepare(self._processor, [[user(prompt)]])
-            except ValueError as error:
-                raise ValueError(f"The prompt {key!r} cannot be drawn: {error}") from error
+        prepare(self._processor, [[user(prompt)]])
+        for own in sources:
+            self._processor.image_processor.bucket_of(own.height, own.width)
 
     def draw(self, drawings: Sequence[Drawing]) -> list[Image.Image]:
         """See [`Drawer`]."""

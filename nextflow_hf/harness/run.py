@@ -298,17 +298,19 @@ def _draw_missing(
         for sample, name in enumerate(item.pictures)
         if not (folder.path / name).is_file()
     ]
-    for item in items:
-        for source in item.sources if missing else ():
-            try:
-                source()
-            except (OSError, ValueError) as error:
-                raise ValueError(f"A source picture of {item.key!r} cannot be read: {error}") from error
     if not missing:
         return
     drawer = make_drawer()
     folder.claim_drawer(drawer.settings())
-    drawer.check({item.key: prompts[item.key] for item, _ in missing})
+    for item in items:
+        try:
+            sources = [source() for source in item.sources]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"A source picture of {item.key!r} cannot be read: {error}") from error
+        try:
+            drawer.check(prompts[item.key], sources)
+        except ValueError as error:
+            raise ValueError(f"The prompt {item.key!r} cannot be drawn: {error}") from error
     with tqdm(total=len(missing), desc="draw") as bar:
         for first in range(0, len(missing), batch_size):
             chosen = missing[first : first + batch_size]

@@ -46,10 +46,9 @@ class FakeDrawer:
     def settings(self):
         return {"sampling": self.sampling, "dtype": "float32"}
 
-    def check(self, prompts):
-        for key, prompt in prompts.items():
-            if "<|im_end|>" in prompt:
-                raise ValueError(f"The prompt {key!r} cannot be drawn.")
+    def check(self, prompt, sources):
+        if "<|im_end|>" in prompt:
+            raise ValueError("a special token")
 
     def draw(self, drawings):
         pictures = []
@@ -851,7 +850,6 @@ def test_every_benchmark_is_a_suite(capsys):
 
 def test_edits_have_the_shape_of_their_source(tmp_path):
     drawer = CheckpointDrawer("mini")
-    drawer._model.config.abilities = None  # It was not trained for edits; what they show does not matter here.
     wide, square = Image.new("RGB", (90, 50), "white"), Image.new("RGB", (64, 64), "black")
     drawings = [Drawing("a", "add a star", (square,), 3), Drawing("b", "add a star", (wide,), 4)]
     both = drawer.draw(drawings)
@@ -862,6 +860,14 @@ def test_edits_have_the_shape_of_their_source(tmp_path):
     assert drawer.draw([several])[0].size == (64, 64)
     # Beside one of several pictures, too.
     assert [own.size for own in drawer.draw([drawings[1], several])] == [(80, 48), (64, 64)]
+
+
+def test_a_source_of_no_shape_that_the_model_knows_is_refused_by_name_before_anything_is_drawn(tmp_path):
+    file = edit_files(tmp_path, "imgedit")
+    Image.new("RGB", (400, 8), "blue").save(tmp_path / "sources/2.png")
+    with pytest.raises(ValueError, match="prompt '673' cannot be drawn: A picture of 8x400"):
+        evaluate_benchmark("imgedit", [file], tmp_path / "out", "mini", sources=tmp_path / "sources")
+    assert not list(tmp_path.glob("out/**/*.png"))
 
 
 def test_geneval_with_the_bundled_checkpoint(tmp_path, capsys):
