@@ -1,5 +1,6 @@
 """Which function runs which stage of a recipe."""
 
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from importlib.util import find_spec
@@ -20,7 +21,8 @@ def run_chain(recipe: Recipe) -> None:
     """Run the recipes that `stage_args.recipes` names, one after another; those whose result is there are skipped.
 
     The chain's own `trainer` arguments (such as `bf16: true` on an accelerator) go to each of them that has a trainer
-    and does not say otherwise. Everything else is each recipe's own.
+    and does not say otherwise, and what they write goes into the chain's `output_dir`. Everything else is each
+    recipe's own.
 
     Raises:
         ValueError: If one of them is missing or unknown, or the chain has entries that none of them would get, before
@@ -33,11 +35,29 @@ def run_chain(recipe: Recipe) -> None:
     recipes = [load_recipe(name) for name in recipe.stage_args["recipes"]]
     if any(own.stage == "grpo" for own in recipes) and find_spec("trl") is None:
         raise ImportError('One of the recipes is reinforcement learning: pip install "nextflow-hf[rl]".')
+    _move(recipes, Path(recipe.output_dir))
     for own in recipes:
         if own.trainer:
             own.trainer = {**recipe.trainer, **own.trainer}
         if not is_done(own):
             run_recipe(own)
+
+
+def _move(recipes: list[Recipe], folder: Path) -> None:
+    """Let recipes write into a folder and read each other's results there; what others made stays where it is."""
+    written = {Path(own.output_dir) for own in recipes}
+    base = os.path.commonpath([path.parent for path in written])
+
+    def moved(path: str) -> str:
+        is_theirs = not written.isdisjoint((Path(path), *Path(path).parents))
+        return str(folder / Path(path).relative_to(base)) if is_theirs else path
+
+    for own in recipes:
+        own.output_dir = moved(own.output_dir)
+        own.init_from = {role: moved(start) for role, start in own.init_from.items()}
+        for dataset in own.data.values():
+            if "codes" in dataset:
+                dataset["codes"] = moved(dataset["codes"])
 
 
 def is_done(recipe: Recipe) -> bool:

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import shutil
@@ -463,22 +464,41 @@ def test_the_recipes_run_one_after_another(tmp_path, monkeypatch):
     shutil.rmtree("runs")
 
 
-def test_a_chain_hands_its_trainer_arguments_on(tmp_path, monkeypatch):
-    """`nextflow-hf train mini-all trainer.bf16=true` is for what trains and says nothing of it."""
-    seen = {}
-    monkeypatch.setattr(stages, "run_recipe", lambda recipe: seen.update({recipe.output_dir: recipe.trainer}))
+def test_a_chain_hands_its_trainer_arguments_and_its_folder_on(tmp_path, monkeypatch):
+    """`nextflow-hf train mini-all trainer.bf16=true output_dir=...`: the first is for what trains and says nothing."""
+    ran = {}
+    monkeypatch.setattr(stages, "run_recipe", lambda recipe: ran.update({recipe.output_dir: recipe}))
     monkeypatch.chdir(tmp_path)
     chain = Recipe(
         "chain",
-        str(tmp_path),
+        "other",
         trainer={"bf16": True},
         stage_args={"recipes": ["mini-extract-64", "mini-pretrain-64", "mini-grpo"]},
     )
     stages.run_chain(chain)
-    assert seen["runs/mini/codes-64"] == {}
+    codes, pretraining, rewards = (ran[f"other/{name}"] for name in ("codes-64", "pretrain-64", "grpo"))
+    assert codes.trainer == {}
     # What a recipe says itself stands.
-    assert seen["runs/mini/grpo"]["bf16"] is False
-    assert seen["runs/mini/pretrain-64"]["bf16"] and seen["runs/mini/pretrain-64"]["max_steps"] > 2
+    assert rewards.trainer["bf16"] is False
+    assert pretraining.trainer["bf16"] and pretraining.trainer["max_steps"] > 2
+    # They read each other's results there, and those of other recipes where these put them.
+    assert rewards.init_from == {"decoder": "other/pretrain-64/final"}
+    assert pretraining.init_from == {"tokenizer": "runs/mini/tokenizer", "vq": "runs/mini/vq-decoder/final"}
+    assert pretraining.data["edit"]["codes"] == "other/codes-64/edit"
+    assert pretraining.data["draw-32"]["codes"] == "runs/mini/codes-32/draw"
+
+
+@pytest.mark.parametrize("name", ["mini-all", "mini-words"])
+def test_a_chain_leaves_its_recipes_folders_where_they_are(name, monkeypatch):
+    ran = []
+    monkeypatch.setattr(stages, "run_recipe", ran.append)
+    monkeypatch.setattr(stages, "is_done", lambda recipe: False)
+    chain = load_recipe(name)
+    stages.run_chain(chain)
+    assert ran == [
+        dataclasses.replace(load_recipe(own), trainer=recipe.trainer)
+        for own, recipe in zip(chain.stage_args["recipes"], ran, strict=True)
+    ]
 
 
 # ---- recipes ---------------------------------------------------------------------------------------------------------
