@@ -86,7 +86,7 @@ class NextFlowProcessor(ProcessorMixin):
         """Text with pictures -> tensors for the model, as in transformers.
 
         Raises:
-            ValueError: If a prompt is empty, or text and pictures do not fit.
+            ValueError: If a prompt is empty or no valid Unicode, or text and pictures do not fit.
         """
         prompts = [text] if isinstance(text, str) else text
         if prompts is not None and not (
@@ -97,6 +97,10 @@ class NextFlowProcessor(ProcessorMixin):
         for index, own in enumerate(prompts):
             if not own.strip():
                 raise ValueError(f"Prompt {index} is empty: say what to draw or to answer.")
+            try:
+                own.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"Prompt {index} is no valid Unicode: {error}") from error
         placeholders = [own.count(self.image_token) for own in prompts]
         pictures = _count(images)
         if prompts and sum(placeholders) != pictures:

@@ -256,7 +256,8 @@ def _check(messages: list[dict], pictures: int) -> None:
 
 def _is_text(text: Any) -> bool:
     wordings = text if isinstance(text, list) else [text]
-    return bool(wordings) and all(isinstance(own, str) and own.strip() for own in wordings)
+    # Half a character cannot be encoded, which raises.
+    return bool(wordings) and all(isinstance(own, str) and own.strip() and own.encode() for own in wordings)
 
 
 def _text(text: Any) -> dict:

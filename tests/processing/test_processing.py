@@ -235,6 +235,7 @@ def test_refuses_turns_that_would_break_the_sequence(processor, messages, messag
     [
         ({"text": ""}, "empty"),
         ({"text": ["a star", "   "]}, "Prompt 1 is empty"),
+        ({"text": ["a star", "a \udcff star"]}, "Prompt 1 is no valid Unicode"),
         ({"text": "<|vision_start|><|image_pad|><|vision_end|>"}, "places for 1 pictures.* 0 were given"),
         ({"text": "a star", "images": [picture()]}, "places for 0 pictures.* 1 were given"),
         ({}, "at least one input"),

@@ -107,6 +107,7 @@ def test_turns_of_no_weight_are_only_looked_at():
         ("text", {}, "empty or no text"),
         ("text_to_image", {"text": "a", "image": None}, "missing"),
         ("text_to_image", {"text": "a", "image": b"GIF89a, but broken"}, "record r7"),
+        ("text_to_image", {"text": "half a character: \ud83d", "image": b""}, "surrogates"),
         ("text_to_image", {"text": "a", "image": png()[:60]}, "record r7"),
         ("messages", {"messages": [], "images": []}, "no messages"),
         ("messages", {"messages": [{"role": "user", "content": "a"}], "images": [png()]}, "places for 0 pictures"),
