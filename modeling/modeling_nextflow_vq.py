@@ -7,6 +7,7 @@ Facts and formulas: NextFlow (arXiv 2601.02204) sections 2.1 and 3.1; where it i
 Quantization runs in float32 whatever the dtype of the rest.
 """
 
+import copy
 import hashlib
 import math
 from collections.abc import Sequence
@@ -821,6 +822,13 @@ class OwnsImageTokenizer:
         # Loaded weights are trainable, whatever they were when the model was made.
         model.vq_model.requires_grad_(False)
         return loaded
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        """As in transformers; new weights are tied to no tokenizer, whatever the configuration's own were."""
+        config = copy.deepcopy(config)
+        config.codebook_fingerprint = None
+        return super()._from_config(config, **kwargs)
 
     @property
     def vq_model(self) -> NextFlowVQModel:

@@ -50,6 +50,15 @@ def test_all_auto_classes_load_a_checkpoint(checkpoint):
     assert isinstance(AutoImageProcessor.from_pretrained(checkpoint), nextflow_hf.NextFlowImageProcessorPil)
 
 
+def test_new_weights_of_a_checkpoints_configuration_are_saved_and_loaded(checkpoint, tmp_path):
+    """They are tied to no tokenizer: the configuration's was the checkpoint's."""
+    config = AutoConfig.from_pretrained(checkpoint)
+    config.codebook_fingerprint = "0123456789abcdef"
+    AutoModelForMultimodalLM.from_config(config).save_pretrained(tmp_path)
+    loaded = AutoModelForMultimodalLM.from_pretrained(tmp_path)
+    assert loaded.config.codebook_fingerprint is None and config.codebook_fingerprint == "0123456789abcdef"
+
+
 def test_registering_again_changes_nothing(checkpoint):
     nextflow_hf.register()
     assert type(AutoModel.from_pretrained(checkpoint)) is nextflow_hf.NextFlowModel
