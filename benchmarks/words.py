@@ -3,9 +3,10 @@
     nextflow-hf train mini-words
     python benchmarks/words.py runs/mini/pretrain-words/final runs/mini/grpo-words/final
 
-Words of the test split, in any colour on any background, asked for as in training and in ways that no example had; a
-word counts where the reader finds it to the letter. Writes `benchmarks/results/words.json`, and in `docs/rl.md` the
-table and the last checkpoint's first twelve pictures of each way to ask.
+Words of the test split, in any colour on any background, asked for as in training, in ways that no example had, and in
+ways that no reward had either; a word counts where the reader finds it to the letter. Writes
+`benchmarks/results/words.json`, and in `docs/rl.md` the table and the last checkpoint's first eight pictures, asked for
+as in training and in the ways of rewards.
 """
 
 import argparse
@@ -50,18 +51,19 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     scores = {own: evaluate_words(own, args.tests, args.seed, args.split) for own in args.checkpoints}
-    measures = list(scores[args.checkpoints[0]]["words"])
+    measured = [own["words"] for own in scores.values()]
     rows = [
-        [Path(checkpoint).parent.name]
-        + [
-            f"{own['words'][measure]['score']:.3f} ({own['words'][measure]['low']:.3f} to "
-            f"{own['words'][measure]['high']:.3f})"
-            for measure in measures
+        [
+            measure,
+            *(
+                f"{own[measure]['score']:.3f} ({own[measure]['low']:.3f} to {own[measure]['high']:.3f})"
+                for own in measured
+            ),
         ]
-        for checkpoint, own in scores.items()
+        for measure in measured[0]
     ]
     write_json(args.output, {**record(args.threads), "scores": scores})
-    text = table(["", *measures], rows)
+    text = table(["", *(Path(own).parent.name for own in args.checkpoints)], rows)
     print(text)
     if args.output == RESULTS / "words.json":
         save_sheet(args.checkpoints[-1], DOCUMENT.parent / "images" / "words.png", args.split, args.seed)

@@ -3,6 +3,7 @@
 import hashlib
 import platform
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from .scenes import (
     make_prompts,
     parse,
 )
-from .scenes.signs import DOCUMENT_SIZE, SIGN_SIZE, ask_freely
+from .scenes.signs import DOCUMENT_SIZE, FREE_PROMPTS, SIGN_SIZE, UNTAUGHT_PROMPTS, ask_freely
 
 
 def score_drawing(
@@ -185,8 +186,9 @@ def evaluate_words(checkpoint: str, tests: int = 400, seed: int = 0, split: str 
     """Words that a checkpoint of signs alone draws, by the reader, with every setting that moves a score.
 
     A word of up to five letters counts where the reader finds it to the letter; letters are 1 - normalised edit
-    distance. No word of the splits "test" and "validation" was in training. The same words are asked for a second time
-    in the ways that examples did not have ([`ask_freely`]).
+    distance. No word of the splits "test" and "validation" was in training. The same words are asked for again in ways
+    that examples did not have: those that rewards had (`FREE_PROMPTS`), and those that nothing had
+    (`UNTAUGHT_PROMPTS`).
 
     Raises:
         ValueError: If there is no test, or the checkpoint was not trained to draw pictures of `SIGN_SIZE`.
@@ -198,10 +200,11 @@ def evaluate_words(checkpoint: str, tests: int = 400, seed: int = 0, split: str 
         sizes = ["x".join(map(str, own)) for own in _sizes(model)]
         raise ValueError(f"Words are drawn at 48x80; {checkpoint!r} was trained to draw {sizes} (height x width).")
     tested = Tested(model, processor, SIGN_SIZE, tests, seed, split)
-    rng = np.random.default_rng(seed)
     scores = score_words(tested, document_share=0.0, **sampling)
-    asked_freely = score_words(tested, document_share=0.0, prompt_of=lambda sign: ask_freely(sign, rng), **sampling)
-    scores |= {name.replace("drawn", "drawn, asked in other ways"): own for name, own in asked_freely.items()}
+    for label, ways in (("asked in other ways", FREE_PROMPTS), ("asked in untaught ways", UNTAUGHT_PROMPTS)):
+        ask = partial(ask_freely, rng=np.random.default_rng(seed), ways=ways)
+        asked = score_words(tested, document_share=0.0, prompt_of=ask, **sampling)
+        scores |= {name.replace("drawn", f"drawn, {label}"): own for name, own in asked.items()}
     return {
         "words": scores,
         "settings": {

@@ -3,7 +3,7 @@
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .evaluation import table
-from .scenes.signs import FREE_PROMPTS
+from .scenes.signs import FREE_PROMPTS, UNTAUGHT_PROMPTS
 
 _BODY = """\
 # nextflow-{name}
@@ -116,7 +116,9 @@ else: no scenes, no lists, no other letters, no reading; `nextflow-mini` is the 
 
 A word counts where a reader finds it to the letter; letters are 1 - normalised edit distance. The words scored are
 English ones, training saw strings of letters and digits that are none of them; intervals come from resampling the
-words. The other ways to ask ({ways}) had no example: rewards alone taught them.
+words. The other ways to ask ({ways}) had no example:
+rewards alone taught them. The untaught ones ({untaught}) had neither.
+
 Sampling ({sampling}) has one number for all scales, or one per scale. Every setting is in `evaluation.json`.
 Reproduce with
 
@@ -158,7 +160,8 @@ def words_card(name: str, model, result: dict) -> ModelCard:
         name=name,
         constant=name.upper().replace("-", "_"),
         sampling=_sampling(result),
-        ways=", ".join(f"`{way.format(text='OPEN', color='red', background='white')}`" for way in FREE_PROMPTS),
+        ways=_listed(FREE_PROMPTS),
+        untaught=_listed(UNTAUGHT_PROMPTS),
         table=table(result),
         **_sizes_of_parts(model),
     )
@@ -184,6 +187,10 @@ def _card_data(name: str, tested: str, scores: dict[str, float], pipeline: str, 
             for metric, value in scores.items()
         ],
     )
+
+
+def _listed(ways: tuple[str, ...]) -> str:
+    return ", ".join(f"`{way.format(text='OPEN', color='red', background='white')}`" for way in ways)
 
 
 def _sampling(result: dict) -> str:

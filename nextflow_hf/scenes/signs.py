@@ -291,9 +291,15 @@ FREE_PROMPTS = (
     'a word "{text}" in {color} on a {background} background',
     'draw the word "{text}" in {color} on a {background} background',
 )
+# Ways that no reward asks in either.
+UNTAUGHT_PROMPTS = (
+    "the word '{text}' in {color} on a {background} background",
+    "the word {text} in {color} on a {background} background",
+    'the word "{text}" written in {color} on a {background} background',
+)
 
 
-def ask_freely(sign: Sign, rng: np.random.Generator) -> str:
+def ask_freely(sign: Sign, rng: np.random.Generator, ways: tuple[str, ...] = FREE_PROMPTS) -> str:
     """Words that ask for a sign without a list in one of the ways that training did not have.
 
     Raises:
@@ -301,9 +307,7 @@ def ask_freely(sign: Sign, rng: np.random.Generator) -> str:
     """
     if sign.items:
         raise ValueError("Lists have no other words than those of training.")
-    return FREE_PROMPTS[rng.integers(len(FREE_PROMPTS))].format(
-        text=sign.text, color=sign.color, background=sign.background
-    )
+    return ways[rng.integers(len(ways))].format(text=sign.text, color=sign.color, background=sign.background)
 
 
 def transcript(sign: Sign) -> str:

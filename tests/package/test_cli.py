@@ -115,7 +115,7 @@ def test_words_are_evaluated_as_the_checkpoint_samples_or_as_asked(tmp_path, cap
     path = tmp_path / "words.json"
     assert main(["evaluate", "words", "--checkpoint", "mini-words", "--tests", "6", "--output", str(path)]) == 0
     result = json.loads(path.read_text())
-    ways = ("words drawn", "words drawn, asked in other ways")
+    ways = ("words drawn", "words drawn, asked in other ways", "words drawn, asked in untaught ways")
     assert set(result["words"]) == {*ways, *(f"{way}: letters" for way in ways)}
     assert result["words"]["words drawn: letters"]["score"] > 0.5
     assert result["settings"]["tests"] == 6 and result["settings"]["sampling"]["temperature"] != 0.3

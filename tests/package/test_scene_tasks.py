@@ -37,7 +37,7 @@ from nextflow_hf.scenes.questions import ask, ask_several, refer
 from nextflow_hf.scenes.riddles import KINDS as RIDDLES
 from nextflow_hf.scenes.riddles import draw_riddle
 from nextflow_hf.scenes.sampling import is_trained
-from nextflow_hf.scenes.signs import WORDS, Sign, transcript
+from nextflow_hf.scenes.signs import FREE_PROMPTS, UNTAUGHT_PROMPTS, WORDS, Sign, ask_freely, transcript
 from nextflow_hf.scenes.stories import draw_story, replay
 from nextflow_hf.scenes.tasks import TASKS
 from nextflow_hf.scenes.world import PLACES, named_cells
@@ -259,6 +259,10 @@ def test_prompts_for_words_are_rewarded_for_just_those_words():
     assert all(f'"{row["words"]}"' in way for row, way in zip(free, ways))
     usual = sum(re.fullmatch(r'the word "\w+" in \w+( on a \w+ background)?', way) is not None for way in ways)
     assert 20 < usual < 40
+    # Some ways are kept from rewards as well, so that a score can tell what was taught from what carried over.
+    sign, rng = Sign("OPEN", "red"), np.random.default_rng(0)
+    kept, taught = ({ask_freely(sign, rng, own) for _ in range(40)} for own in (UNTAUGHT_PROMPTS, FREE_PROMPTS))
+    assert len(kept) == len(taught) == 3 and not kept & taught
 
 
 def test_edits_are_rewarded_for_the_changed_scene_alone(monkeypatch):
