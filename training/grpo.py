@@ -14,12 +14,14 @@ Every method below that overrides TRL's says which of these it serves.
 import asyncio
 import logging
 import math
+import re
 import threading
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_callable_name, is_async_callable
 
+from ..files import write_whole
 from ..modeling.scale_schedule import Grid
 
 logger = logging.getLogger(__name__)
@@ -119,6 +122,23 @@ _REFUSED = {
     "cache_implementation": ((None,), "rollouts use the dynamic cache"),
     "pad_to_multiple_of": ((None,), "scales have fixed numbers of codes"),
 }
+
+
+# What a model card shows of a model that draws, and of one that answers.
+_DRAWS = """\
+import nextflow_hf  # registers with transformers
+from transformers import pipeline
+
+draw = pipeline("text-to-image", model="{model}")
+draw("a red circle", seed=7).save("picture.png")
+"""
+_ANSWERS = """\
+from nextflow_hf.inference import answer, load, user
+from PIL import Image
+
+model, processor = load("{model}")
+print(answer(model, processor, [[user(Image.open("picture.png"), "describe the picture")]]))
+"""
 
 
 class NextFlowGRPOTrainer(GRPOTrainer):
@@ -214,6 +234,20 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         """The model itself, without what accelerate and PEFT put around it."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def create_model_card(self, *args, **kwargs):
+        """As TRL's, with a quick start of what the model does; TRL's own asks a language model a question."""
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        path = Path(self.args.output_dir) / "README.md"
+        start = (_ANSWERS if self.args.completion == "answer" else _DRAWS).format(
+            model=self.hub_model_id or self.args.output_dir
+        )
+        card = re.sub(r"(?<=```python\n).*?(?=```)", lambda found: start, path.read_text(), count=1, flags=re.DOTALL)
+        # A start that has no id.
+        card = card.replace("a fine-tuned version of [None](https://huggingface.co/None)", "a fine-tuned NextFlow")
+        write_whole(path, lambda file: file.write(card.encode()))
 
     # ---- rollouts ----------------------------------------------------------------------------------------------------
 

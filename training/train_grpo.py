@@ -118,6 +118,9 @@ def train_grpo(recipe: Recipe) -> None:
                 own.copy_(torch.lerp(start[name].to(own), own, blend))
     if not (was_finished and (output / TRAINER_STATE_NAME).is_file()):
         trainer.save_state()
+    if trainer.is_world_process_zero():
+        # A checkpoint's card; the result lies elsewhere, and `blend` may have changed it.
+        (output / "README.md").unlink(missing_ok=True)
     save_whole(output / "final", partial(_save, trained, processor))
 
 

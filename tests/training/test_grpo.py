@@ -2,6 +2,7 @@ import asyncio
 import itertools
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -538,13 +539,29 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_its_prompts(check
     assert report["step"] == 1 and len(report["ids"]) == 4 and not (tmp_path / "final").exists()
 
 
+@pytest.mark.parametrize("completion", ["picture", "answer"])
+def test_what_its_model_card_shows_runs(checkpoint, tmp_path, monkeypatch, completion):
+    """A pushed model's card: TRL's own asks a language model a question."""
+    trainer = trainer_of(checkpoint, tmp_path / "out", completion=completion)
+    trainer.save_model()
+    trainer.create_model_card(model_name="dots")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "name: dots" in card and "- grpo" in card and "None" not in card and "## Citations" in card
+    (shown,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (16, 16)).save("picture.png")
+    before = Path("picture.png").read_bytes()
+    exec(shown, {})
+    assert (Path("picture.png").read_bytes() != before) == (completion == "picture")
+
+
 def test_a_recipe_trains_and_saves_a_checkpoint_that_draws(checkpoint, tmp_path):
     recipe = recipe_of(checkpoint, tmp_path / "run")
     run_recipe(recipe)
     loaded = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "run" / "final")
     assert len(loaded.generate(torch.tensor([[7]]), generation_mode="image", image_size=(16, 16)).images) == 1
     logged = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
-    assert any("train_loss" in own for own in logged)
+    assert any("train_loss" in own for own in logged) and not (tmp_path / "run" / "README.md").exists()
     # Killed before its result, it takes no step more.
     shutil.rmtree(tmp_path / "run" / "final")
     run_recipe(recipe)
