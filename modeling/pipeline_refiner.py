@@ -382,7 +382,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _is_bytes(image) -> bool:
-    return image.dtype == (torch.uint8 if torch.is_tensor(image) else np.uint8) if hasattr(image, "dtype") else False
+    """Whether an array or a tensor holds bytes."""
+    return str(getattr(image, "dtype", "")).endswith("uint8")
 
 
 def caption_inputs(tokenizer, captions: list[str]) -> dict[str, torch.Tensor]:
