@@ -32,7 +32,7 @@ from .processes import all_processes
 from .recipe import Recipe
 from .sequences import CodedImage
 
-_SCHEMA = pa.schema(
+SCHEMA = pa.schema(
     {
         "id": pa.string(),
         "messages": pa.string(),
@@ -124,7 +124,7 @@ def extract(
         writer.run(processes)
         processes.wait_for_everyone()
         if processes.is_main_process:
-            _write_json(folder / "manifest.json", writer.manifest(made_with["codebook_fingerprint"]))
+            write_json(folder / "manifest.json", manifest_of(folder, name, made_with["codebook_fingerprint"]))
         processes.wait_for_everyone()
         manifests[name] = json.loads((folder / "manifest.json").read_text())
     return manifests
@@ -154,7 +154,7 @@ class _ShardWriter:
                 table = self._make(shard)
                 if table is None:
                     break
-                _write_table(self._path(shard), table)
+                write_table(self._path(shard), table)
                 newly = json.loads(table.schema.metadata[b"broken"])
                 broken += len(newly)
                 if newly and broken > self.settings.max_broken:
@@ -175,7 +175,7 @@ class _ShardWriter:
             ValueError: If they are of other data: of more records, or of one that says something else.
         """
         size = self.settings.shard_size
-        shards = {int(own["file"][len("shard-") : -len(".parquet")]): own for own in self._shards()}
+        shards = {int(own["file"][len("shard-") : -len(".parquet")]): own for own in _shards_in(self.folder)}
         records = sum(own["records"] for own in shards.values())
         if total is not None and records > total:
             raise ValueError(
@@ -246,7 +246,7 @@ class _ShardWriter:
             "broken": json.dumps(broken, ensure_ascii=False),
             "image_sizes": json.dumps(sorted(sizes)),
         }
-        return pa.Table.from_pylist(rows, _SCHEMA).replace_schema_metadata(metadata)
+        return pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata(metadata)
 
     def _encode(
         self, documents: list[Document], shard: int, broken: list[str]
@@ -290,31 +290,34 @@ class _ShardWriter:
             for number in fitting
         ]
 
-    def _shards(self) -> Iterator[dict]:
-        for path in sorted(self.folder.glob("shard-*.parquet")):
-            file = pq.ParquetFile(path)
-            metadata = file.schema_arrow.metadata
-            yield {
-                "file": path.name,
-                "records": int(metadata[b"records"]),
-                "documents": file.metadata.num_rows,
-                "broken": json.loads(metadata[b"broken"]),
-                "image_sizes": json.loads(metadata[b"image_sizes"]),
-            }
 
-    def manifest(self, fingerprint: str) -> dict:
-        shards = list(self._shards())
-        broken = [own for shard in shards for own in shard.pop("broken")]
-        sizes = {tuple(size) for shard in shards for size in shard.pop("image_sizes")}
-        return {
-            "name": self.name,
-            "codebook_fingerprint": fingerprint,
-            "records": sum(shard["records"] for shard in shards),
-            "documents": sum(shard["documents"] for shard in shards),
-            "image_sizes": sorted(sizes),
-            "broken": broken,
-            "shards": shards,
+def _shards_in(folder: Path) -> Iterator[dict]:
+    for path in sorted(folder.glob("shard-*.parquet")):
+        file = pq.ParquetFile(path)
+        metadata = file.schema_arrow.metadata
+        yield {
+            "file": path.name,
+            "records": int(metadata[b"records"]),
+            "documents": file.metadata.num_rows,
+            "broken": json.loads(metadata[b"broken"]),
+            "image_sizes": json.loads(metadata[b"image_sizes"]),
         }
+
+
+def manifest_of(folder: Path, name: str, fingerprint: str) -> dict:
+    """What the shards of a folder hold together: of the dataset `name`, by the tokenizer with this fingerprint."""
+    shards = list(_shards_in(folder))
+    broken = [own for shard in shards for own in shard.pop("broken")]
+    sizes = {tuple(size) for shard in shards for size in shard.pop("image_sizes")}
+    return {
+        "name": name,
+        "codebook_fingerprint": fingerprint,
+        "records": sum(shard["records"] for shard in shards),
+        "documents": sum(shard["documents"] for shard in shards),
+        "image_sizes": sorted(sizes),
+        "broken": broken,
+        "shards": shards,
+    }
 
 
 def _written(document: Document) -> str:
@@ -337,15 +340,17 @@ def _claim(directory: Path, made_with: dict, origins: dict[str, dict], processes
         raise ValueError(f"{directory} holds codes made with other settings ({changes}). Name another directory.")
     if processes.is_main_process:
         directory.mkdir(parents=True, exist_ok=True)
-        _write_json(path, {**made_with, "data": {**known, **origins}})
+        write_json(path, {**made_with, "data": {**known, **origins}})
     processes.wait_for_everyone()
 
 
-def _write_table(path: Path, table: pa.Table) -> None:
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a shard whole, or not at all."""
     _write_whole(path, lambda unfinished: pq.write_table(table, unfinished))
 
 
-def _write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file whole, or not at all."""
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     _write_whole(path, lambda unfinished: unfinished.write_text(text))
 

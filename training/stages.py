@@ -11,6 +11,7 @@ from transformers import set_seed
 from .. import BUNDLED, REFINERS
 from .extraction import ExtractionSettings, run_extraction
 from .recipe import RECIPES, Recipe, load_recipe
+from .rejection import run_rejection
 from .train_decoder import train_decoder
 from .train_grpo import train_grpo
 from .train_text_tokenizer import train_text_tokenizer
@@ -80,6 +81,7 @@ STAGES: dict[str, Callable[[Recipe], None]] = {
     "teacher": train_teacher,
     "vq": train_vq,
     "extract": run_extraction,
+    "rejection": run_rejection,
     "decoder": train_decoder,
     "grpo": train_grpo,
     "refiner": _train_refiner,
@@ -92,11 +94,12 @@ STAGE_ARGS: dict[str, set[str]] = {
     "teacher": {"text_layers", "max_text_length", "ema_decay"},
     "vq": {"phase", "new_codebook", "keep_weight", "ema_decay"},
     "extract": {own.name for own in fields(ExtractionSettings)},
+    "rejection": {"rewards", "threshold", "image_sizes", "batch_size", "shard_size", "seed"},
     "decoder": {
         *("trained", "lora", "head_rows"),
         *("prefix_scales", "prompt_dropout", "attn_implementation", "fsdp_size", "dtype", "ema_decay"),
         *("abilities", "sampling", "image_sizes", "sample_prompts", "sample_every", "image_size"),
-        *("sequences", "task_inversion", "packing", "codes", "read_share", "epochs"),
+        *("sequences", "task_inversion", "word_dropout", "packing", "codes", "read_share", "epochs"),
     },
     "grpo": {"rewards", "region_func", "lora", "blend", "dtype"},
     "refiner": {

@@ -57,7 +57,7 @@ def train_grpo(recipe: Recipe) -> None:
         check_zero(config)
         if config.get("zero_optimization", {}).get("stage") == 3:
             raise ValueError('ZeRO-3 spreads the weights that rollouts need whole; name "zero2", or use `lora`.')
-    rewards = [_load(own["function"], own.get("args")) for own in stage.get("rewards", [])]
+    rewards = [load_named(own["function"], own.get("args")) for own in stage.get("rewards", [])]
     if not rewards:
         raise ValueError("`stage_args.rewards` names no reward.")
     blend = stage.get("blend", 1.0)
@@ -87,7 +87,7 @@ def train_grpo(recipe: Recipe) -> None:
         rewards,
         args=NextFlowGRPOConfig(output_dir=str(output), reward_weights=weights, **{"report_to": "none", **arguments}),
         processing_class=processor,
-        region_func=_load(stage["region_func"], None) if "region_func" in stage else None,
+        region_func=load_named(stage["region_func"], None) if "region_func" in stage else None,
         train_dataset=Dataset.from_list([rows[index] for index in range(len(rows))]),
         peft_config=peft_config,
         callbacks=[FiniteCallback()],
@@ -135,8 +135,12 @@ def _save(model, processor, folder: Path) -> None:
     processor.save_pretrained(folder)
 
 
-def _load(name: str, args: dict | None):
-    """What "module:name" names; a class is made with `args`."""
+def load_named(name: str, args: dict | None):
+    """What "module:name" names; a class is made with `args`.
+
+    Raises:
+        ValueError: If there is no such function or class.
+    """
     module, _, own = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), own)
