@@ -115,7 +115,7 @@ def extract(
     made_with = {**asdict(settings), "codebook_fingerprint": vq_model.fingerprint()}
     # More broken records may be allowed later: what is made stays as it is.
     del made_with["max_broken"]
-    _claim(directory, made_with, {name: reader.origin for name, reader in readers.items()}, processes)
+    claim(directory, made_with, {name: reader.origin for name, reader in readers.items()}, processes)
     manifests = {}
     for name, reader in readers.items():
         folder = directory / name
@@ -325,7 +325,7 @@ def _written(document: Document) -> str:
     return json.dumps(document.messages, ensure_ascii=False)
 
 
-def _claim(directory: Path, made_with: dict, origins: dict[str, dict], processes: PartialState) -> None:
+def claim(directory: Path, made_with: dict, origins: dict[str, dict], processes: PartialState) -> None:
     """Note what the shards are made with and from, or refuse a directory whose shards were made otherwise."""
     path = directory / "settings.json"
     before = json.loads(path.read_text()) if path.is_file() else {}

@@ -14,10 +14,19 @@ from tqdm.auto import tqdm
 from ..evaluation import weights_hash
 from ..inference import Conversation, check_trained_size, load, prepare
 from .data import load_source
-from .extraction import SCHEMA, manifest_of, write_json, write_table
+from .extraction import SCHEMA, claim, manifest_of, write_json, write_table
 from .processes import all_processes
 from .recipe import Recipe
 from .train_grpo import load_named
+
+REJECTION_DEFAULTS = {
+    "rewards": [],
+    "threshold": 1.0,
+    "image_sizes": [[64, 64]],
+    "batch_size": 64,
+    "shard_size": 512,
+    "seed": 0,
+}
 
 
 def run_rejection(recipe: Recipe) -> None:
@@ -25,39 +34,37 @@ def run_rejection(recipe: Recipe) -> None:
 
     `init_from`: `decoder`, a whole checkpoint. `source`: a class of rows with `prompt`, a conversation without pictures,
     and `id`. `stage_args`: `rewards` as in the stage "grpo", of which the sum by weight counts; `threshold` (1.0);
-    `image_sizes` ([height, width] each) that take turns; `batch_size` (64), `shard_size` (512, of prompts) and `seed`.
+    `image_sizes` ([height, width] each, [64, 64] alone where none is named) that take turns; `batch_size` (64),
+    `shard_size` (512 prompts) and `seed` (0).
     What is written is what the stage "extract" writes; a run that was killed makes the missing shards.
 
     Raises:
         ValueError: If there is no reward, a prompt has pictures, the decoder does not draw a size, or shards are there
             that were made otherwise.
     """
-    stage, folder = recipe.stage_args, Path(recipe.output_dir)
+    stage, folder = {**REJECTION_DEFAULTS, **recipe.stage_args}, Path(recipe.output_dir)
     processes = all_processes()
-    rewards = [(load_named(own["function"], own.get("args")), own.get("weight", 1.0)) for own in stage.get("rewards", [])]
+    rewards = [(load_named(own["function"], own.get("args")), own.get("weight", 1.0)) for own in stage["rewards"]]
     if not rewards:
         raise ValueError("`stage_args.rewards` names no reward.")
     rows = load_source(recipe.source)
     prompts = [_conversation(rows[index]) for index in range(len(rows))]
     model, processor = load(recipe.init_from["decoder"], processes.device)
-    sizes = [tuple(size) for size in stage.get("image_sizes") or model.config.trained_image_sizes[:1]]
-    for size in sizes:
+    for size in stage["image_sizes"]:
         check_trained_size(model, size)
-    size = stage.get("shard_size", 512)
     made_with = {
-        "stage": recipe.stage,
-        "source": recipe.source,
-        "weights_sha256": weights_hash(recipe.init_from["decoder"]),
         **{name: own for name, own in stage.items() if name != "batch_size"},
+        "weights_sha256": weights_hash(recipe.init_from["decoder"]),
     }
-    _claim(folder, made_with)
+    claim(folder, made_with, {"source": recipe.source}, processes)
 
-    shards = range(0, len(prompts), size)
-    for number in tqdm(shards[processes.process_index :: processes.num_processes], desc="draw", unit="shard"):
-        path = folder / f"shard-{number // size:05d}.parquet"
+    size = stage["shard_size"]
+    shards = [range(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
+    mine = list(enumerate(shards))[processes.process_index :: processes.num_processes]
+    for number, chosen in tqdm(mine, desc="draw", unit="shard", disable=not processes.is_main_process):
+        path = folder / f"shard-{number:05d}.parquet"
         if not path.is_file():
-            chosen = range(number, min(number + size, len(prompts)))
-            write_table(path, _drawn(model, processor, rows, prompts, chosen, sizes, rewards, stage))
+            write_table(path, _drawn(model, processor, rows, prompts, chosen, rewards, stage))
     processes.wait_for_everyone()
     if processes.is_main_process:
         write_json(folder / "manifest.json", manifest_of(folder, folder.name, model.vq_model.fingerprint()))
@@ -71,25 +78,25 @@ def _conversation(row: dict) -> Conversation:
     return prompt
 
 
-def _drawn(model, processor, rows, prompts, chosen: range, sizes, rewards, stage: dict) -> pa.Table:
+def _drawn(model, processor, rows, prompts, chosen: range, rewards, stage: dict) -> pa.Table:
     """A shard: the prompts numbered `chosen` whose pictures pass."""
     documents: list[dict] = []
-    batch = stage.get("batch_size", 64)
+    sizes, batch = stage["image_sizes"], stage["batch_size"]
     for size_number, size in enumerate(sizes):
         own = [index for index in chosen if index % len(sizes) == size_number]
         for first in range(0, len(own), batch):
             indices = own[first : first + batch]
             inputs = prepare(processor, [prompts[index] for index in indices]).to(model.device)
-            seeds = [stage.get("seed", 0) + index for index in indices]
-            output = model.generate(**inputs, generation_mode="image", image_size=size, seed=seeds)
+            seeds = [stage["seed"] + index for index in indices]
+            output = model.generate(**inputs, generation_mode="image", image_size=tuple(size), seed=seeds)
             pictures = processor.post_process_multimodal_output(output, generation_mode="image")
             scores = _scores(rewards, [rows[index] for index in indices], pictures)
             documents += [
                 _document(rows[index], codes.tolist(), grids)
                 for index, score, codes, grids in zip(indices, scores, output.codes, output.grids)
-                if score >= stage.get("threshold", 1.0)
+                if score >= stage["threshold"]
             ]
-    metadata = {"records": str(len(chosen)), "broken": "[]", "image_sizes": json.dumps(sorted(sizes))}
+    metadata = {"records": str(len(chosen)), "broken": "[]", "image_sizes": json.dumps(sizes)}
     return pa.Table.from_pylist(documents, SCHEMA).replace_schema_metadata(metadata)
 
 
@@ -113,13 +120,3 @@ def _document(row: dict, codes: list[int], grids) -> dict:
         "input_codes": [codes],
         "grids": [[list(grid) for grid in grids]],
     }
-
-
-def _claim(folder: Path, made_with: dict) -> None:
-    """Note what the shards are made with, or refuse a folder whose shards were made otherwise."""
-    path = folder / "settings.json"
-    made_with = json.loads(json.dumps(made_with))
-    if path.is_file() and json.loads(path.read_text()) != made_with:
-        raise ValueError(f"{folder} holds pictures that were drawn otherwise. Name another folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, made_with)

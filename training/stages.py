@@ -11,7 +11,7 @@ from transformers import set_seed
 from .. import BUNDLED, REFINERS
 from .extraction import ExtractionSettings, run_extraction
 from .recipe import RECIPES, Recipe, load_recipe
-from .rejection import run_rejection
+from .rejection import REJECTION_DEFAULTS, run_rejection
 from .train_decoder import train_decoder
 from .train_grpo import train_grpo
 from .train_text_tokenizer import train_text_tokenizer
@@ -92,9 +92,9 @@ STAGES: dict[str, Callable[[Recipe], None]] = {
 STAGE_ARGS: dict[str, set[str]] = {
     "text_tokenizer": {"texts", "vocab_size", "min_frequency"},
     "teacher": {"text_layers", "max_text_length", "ema_decay"},
-    "vq": {"phase", "new_codebook", "keep_weight", "ema_decay"},
+    "vq": {"phase", "new_codebook", "keep_weight", "prefix_scales", "ema_decay"},
     "extract": {own.name for own in fields(ExtractionSettings)},
-    "rejection": {"rewards", "threshold", "image_sizes", "batch_size", "shard_size", "seed"},
+    "rejection": set(REJECTION_DEFAULTS),
     "decoder": {
         *("trained", "lora", "head_rows"),
         *("prefix_scales", "prompt_dropout", "attn_implementation", "fsdp_size", "dtype", "ema_decay"),

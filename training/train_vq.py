@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate.utils import broadcast, reduce
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, Siglip2Config, Siglip2Model, Siglip2VisionModel, TrainerCallback
@@ -50,6 +51,17 @@ class ExtendingOutput(NextFlowVQOutput):
     """
 
     keep_loss: torch.FloatTensor | None = None
+
+
+@dataclass
+class PrefixOutput(NextFlowVQOutput):
+    """What a training step of a pixel decoder needs that shows the first scales of pictures, too.
+
+    Args:
+        prefix_loss (`torch.FloatTensor`): Mean squared error of pictures of the first scales alone.
+    """
+
+    prefix_loss: torch.FloatTensor | None = None
 
 
 class CodebookCallback(TrainerCallback):
@@ -124,10 +136,15 @@ def train_vq(recipe: Recipe) -> None:
     pictures, by the codes that are there and more, so that a decoder that draws with these goes on drawing), or
     "decoder" (the pixel decoder alone); `new_codebook`: false where the joint phase goes on with the codes that are
     there; `keep_weight`: how firmly the phase "extend" keeps what the encoder says of pictures that were shown well
-    before; `ema_decay` (0.999) of the averaged weights, which are the result. `init_from`: `teacher` (in the phases
+    before; `prefix_scales`: numbers of scales; the phase "decoder" then also shows what is square by so many of its first
+    scales, as a picture of their own size; `ema_decay` (0.999) of the averaged weights, which are the result. `init_from`: `teacher` (in the phases
     "pixel" and "joint"), and `vq` to go on from. Of a tokenizer that goes on, `config` changes what weighs in its
     losses, `vq.scale_dropout`, `vq.dead_code_threshold`, and, in the phases "joint" and "extend", `vq.codebook_size`;
-    the phase "decoder" changes `vq.decoder_channels`, `vq.decoder_layers` and `vq.scale_dropout` alone.
+    the phase "decoder" changes `vq.decoder_channels`, `vq.decoder_layers`, `vq.scale_dropout` and `vq.levels` alone.
+
+    Raises:
+        ValueError: If there is no such phase, it does not change an entry of `config`, or `prefix_scales` are not levels
+            of the schedule or meet a scale dropout, which would leave some of them out.
     """
     phase = recipe.stage_args.get("phase", "joint")
     if phase not in _TRAINED_PARTS:
@@ -185,13 +202,41 @@ def _train_pixel_decoder(recipe: Recipe, source: PairSource) -> None:
     model.codebook.num_frozen = model.codebook.size
     _freeze_all_but(model, "decoder")
     model.to(memory_format=torch.channels_last)
+    prefixes = recipe.stage_args.get("prefix_scales", [])
+    if not {*prefixes} <= {*config.levels}:
+        raise ValueError(f"`prefix_scales` are of the schedule's levels {config.levels}, got {prefixes}.")
+    if prefixes and config.scale_dropout:
+        raise ValueError("`prefix_scales` need all scales of a picture; set `config.vq.scale_dropout` to 0.")
 
     def loss(model, batch):
         pictures = [pixels.contiguous(memory_format=torch.channels_last) for pixels in batch["pictures"]]
-        return _mean_losses([model(pixels) for pixels in pictures], list(map(len, pictures)))
+        outputs = [model(pixels) for pixels in pictures]
+        mean = _mean_losses(outputs, list(map(len, pictures)))
+        errors = [
+            _prefix_error(model, pixels, output.codes, scales)
+            for pixels, output in zip(pictures, outputs)
+            for scales in prefixes
+            if pixels.shape[2] == pixels.shape[3]
+        ]
+        if not errors:
+            return mean
+        prefix_loss = torch.cat(errors).mean()
+        mean["loss"] = mean.loss + prefix_loss
+        return PrefixOutput(**mean, prefix_loss=prefix_loss.detach())
 
     model = run_stage(recipe, model, PictureDataset(source), _collate, loss, [CodebookCallback()])
     _save(model, recipe)
+
+
+def _prefix_error(model: NextFlowVQModel, pixels: torch.Tensor, codes: torch.Tensor, scales: int) -> torch.Tensor:
+    """Mean squared error `(batch,)` of pictures by their first scales, as pictures of those scales' size."""
+    grids = model.schedule.grids_for_size(*pixels.shape[-2:])
+    if scales >= len(grids):
+        return pixels.new_zeros(0)
+    first = codes[:, : sum(height * width for height, width in grids[:scales])]
+    shown = model.decode_features(model.sum_features(first, grids[:scales]))
+    wanted = F.interpolate(pixels, size=shown.shape[-2:], mode="bicubic", antialias=True).clamp(-1, 1)
+    return (shown - wanted).square().mean(dim=(1, 2, 3))
 
 
 def _extend(recipe: Recipe, source: PairSource) -> None:
@@ -289,7 +334,7 @@ _SHOWN_WELL = 0.008
 # What of the configuration may change while the weights are kept.
 _FREE_ENTRIES = {"codebook_size", "commitment_weight", "dead_code_threshold", "scale_dropout", "semantic_weight"}
 # What of the configuration the pixel decoder's own phase may change.
-_DECODER_ENTRIES = {"decoder_channels", "decoder_layers", "scale_dropout"}
+_DECODER_ENTRIES = {"decoder_channels", "decoder_layers", "levels", "scale_dropout"}
 _PIXEL_PARTS = {"pixel_encoder", "pixel_proj", "post_pixel_proj", "pixel_decoder"}
 _TRAINED_PARTS = {
     "pixel": _PIXEL_PARTS,

@@ -71,7 +71,7 @@ def test_pictures_that_pass_are_kept_as_they_were_drawn(checkpoint, tmp_path):
     run_recipe(recipe)
     assert lost.read_bytes() == before and [own.stat().st_mtime_ns for own in others] == times
     recipe.stage_args["threshold"] = 0.5
-    with pytest.raises(ValueError, match="drawn otherwise"):
+    with pytest.raises(ValueError, match=r"threshold 1\.0 -> 0\.5"):
         run_recipe(recipe)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from dots import SQUARE, Dots, codes_of
 from PIL import Image
 from safetensors.torch import load_file
@@ -388,6 +389,48 @@ def test_the_decoder_phase_trains_a_wider_pixel_decoder_on_codes_that_stay(tmp_p
     assert moved == {"pixel_decoder", "post_pixel_proj"}
     recipe.output_dir, recipe.config = str(tmp_path / "other"), {"vq.codebook_size": 48}
     with pytest.raises(ValueError, match='The phase "decoder" changes'):
+        run_recipe(recipe)
+
+
+def test_the_decoder_phase_learns_to_show_first_scales_as_smaller_pictures(tmp_path):
+    start = small_model().vq_model
+    start.save_pretrained(tmp_path / "vq")
+    recipe = Recipe(
+        stage="vq",
+        output_dir=str(tmp_path / "own"),
+        init_from={"vq": str(tmp_path / "vq")},
+        source={"class": "dots:Dots"},
+        config={"vq.scale_dropout": 0.0, "vq.levels": [2, 3, 4]},
+        stage_args={"phase": "decoder", "prefix_scales": [3], "ema_decay": 0.5},
+        trainer={
+            "max_steps": 30,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 3e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+        },
+    )
+    run_recipe(recipe)
+    trained = NextFlowVQModel.from_pretrained(tmp_path / "own" / "final").eval()
+    assert trained.fingerprint() == start.fingerprint() and trained.schedule.resolutions == {16: 2, 24: 3, 32: 4}
+    pixels = torch.from_numpy(to_pixels(np.stack([Dots().image(index) for index in range(8)])))
+    wanted = F.interpolate(pixels, size=(24, 24), mode="bicubic", antialias=True).clamp(-1, 1)
+    errors = []
+    for model in (start.eval(), trained):
+        encoding = model.encode(pixels)
+        first = encoding.codes[:, : sum(h * w for h, w in encoding.grids[:3])]
+        errors.append(F.mse_loss(model.decode(first, encoding.grids[:3]), wanted).item())
+    log = json.loads((tmp_path / "own" / "trainer_state.json").read_text())["log_history"]
+    losses = [own["prefix_loss"] for own in log if "prefix_loss" in own]
+    assert losses[0] == pytest.approx(errors[0], rel=0.2)
+    assert losses[-1] < 0.7 * losses[0] and errors[1] < 0.7 * errors[0]
+    recipe.stage_args["prefix_scales"] = [1]
+    with pytest.raises(ValueError, match=r"levels \[2, 3, 4\], got \[1\]"):
+        run_recipe(recipe)
+    recipe.stage_args["prefix_scales"], recipe.config["vq.scale_dropout"] = [3], 0.1
+    with pytest.raises(ValueError, match="need all scales"):
         run_recipe(recipe)
 
 
