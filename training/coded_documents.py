@@ -79,7 +79,7 @@ class MixedSequences(Dataset):
             the words that it mostly stands with.
 
     Raises:
-        ValueError: If weights and datasets differ in number, a weight is not positive, or `word_dropout` is not a share.
+        ValueError: If weights and datasets differ in number, a weight is not positive, or `word_dropout` is no share.
     """
 
     def __init__(

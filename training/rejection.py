@@ -1,7 +1,7 @@
 """The rejection sampling stage: a decoder's own pictures that rewards pass, as documents to train with.
 
-Trained with among other tasks, they keep a decoder drawing as it draws, which pictures of another kind do not: after
-reinforcement learning those would teach it back to what it was (rejection sampling fine-tuning, RAFT, arXiv 2304.06767).
+Trained with among other tasks, they keep a decoder drawing as it draws, which a dataset's pictures do not: after
+reinforcement learning these teach it back to what it was (rejection sampling fine-tuning, RAFT, arXiv 2304.06767).
 """
 
 import json
@@ -32,11 +32,11 @@ REJECTION_DEFAULTS = {
 def run_rejection(recipe: Recipe) -> None:
     """Draw a picture for every prompt, and write those whose reward reaches a threshold.
 
-    `init_from`: `decoder`, a whole checkpoint. `source`: a class of rows with `prompt`, a conversation without pictures,
-    and `id`. `stage_args`: `rewards` as in the stage "grpo", of which the sum by weight counts; `threshold` (1.0);
+    `init_from`: `decoder`, a whole checkpoint. `source`: a class of rows with `id` and `prompt`, a conversation without
+    pictures. `stage_args`: `rewards` as in the stage "grpo", of which the sum by weight counts; `threshold` (1.0);
     `image_sizes` ([height, width] each, [64, 64] alone where none is named) that take turns; `batch_size` (64),
-    `shard_size` (512 prompts) and `seed` (0).
-    What is written is what the stage "extract" writes; a run that was killed makes the missing shards.
+    `shard_size` (512 prompts) and `seed` (0). What is written is what the stage "extract" writes; a run that was killed
+    makes the missing shards.
 
     Raises:
         ValueError: If there is no reward, a prompt has pictures, the decoder does not draw a size, or shards are there

@@ -136,14 +136,15 @@ def train_vq(recipe: Recipe) -> None:
     pictures, by the codes that are there and more, so that a decoder that draws with these goes on drawing), or
     "decoder" (the pixel decoder alone); `new_codebook`: false where the joint phase goes on with the codes that are
     there; `keep_weight`: how firmly the phase "extend" keeps what the encoder says of pictures that were shown well
-    before; `prefix_scales`: numbers of scales; the phase "decoder" then also shows what is square by so many of its first
-    scales, as a picture of their own size; `ema_decay` (0.999) of the averaged weights, which are the result. `init_from`: `teacher` (in the phases
-    "pixel" and "joint"), and `vq` to go on from. Of a tokenizer that goes on, `config` changes what weighs in its
-    losses, `vq.scale_dropout`, `vq.dead_code_threshold`, and, in the phases "joint" and "extend", `vq.codebook_size`;
-    the phase "decoder" changes `vq.decoder_channels`, `vq.decoder_layers`, `vq.scale_dropout` and `vq.levels` alone.
+    before; `prefix_scales`: in the phase "decoder" square pictures are also shown by so many of their first scales (a
+    list of numbers), in the size of these; `ema_decay` (0.999) of the averaged weights, which are the result.
+    `init_from`: `teacher` (in the phases "pixel" and "joint"), and `vq` to go on from. Of a tokenizer that goes on,
+    `config` changes what weighs in its losses, `vq.scale_dropout`, `vq.dead_code_threshold`, and, in the phases "joint"
+    and "extend", `vq.codebook_size`; the phase "decoder" changes `vq.decoder_channels`, `vq.decoder_layers`,
+    `vq.scale_dropout` and `vq.levels` alone.
 
     Raises:
-        ValueError: If there is no such phase, it does not change an entry of `config`, or `prefix_scales` are not levels
+        ValueError: If there is no such phase, it does not change an entry of `config`, or `prefix_scales` are no levels
             of the schedule or meet a scale dropout, which would leave some of them out.
     """
     phase = recipe.stage_args.get("phase", "joint")
