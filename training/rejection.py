@@ -74,7 +74,7 @@ def run_rejection(recipe: Recipe) -> None:
 def _conversation(row: dict) -> Conversation:
     prompt = row["prompt"]
     if row.get("images") or any(not isinstance(turn["content"], str) for turn in prompt):
-        raise ValueError(f"The prompt {row['id']} has pictures; the stage \"rejection\" draws from words alone.")
+        raise ValueError(f'The prompt {row["id"]} has pictures; the stage "rejection" draws from words alone.')
     return prompt
 
 
