@@ -75,6 +75,9 @@ class NextFlowVQConfig(PreTrainedConfig):
         sides (`list[int]`, *optional*): Side lengths of the square scale schedule, in grid cells.
         levels (`list[int]`, *optional*): Numbers of scales that make a complete picture.
         final_grids (`list[list[int]]`, *optional*): Aspect-ratio buckets at the highest level, as (height, width).
+        prefix_scales (`list[int]`, *optional*):
+            Numbers of first scales of a square picture that the pixel decoder was trained to show in a size of their
+            own. By none by default.
         scale_dropout (`float`, *optional*, defaults to 0.5):
             Probability of leaving out a scale (never the first) in a training step.
         commitment_weight (`float`, *optional*, defaults to 0.25): Weight of the commitment term.
@@ -110,6 +113,7 @@ class NextFlowVQConfig(PreTrainedConfig):
     sides: list[int] = field(default_factory=lambda: list(NEXTFLOW_SIDES))
     levels: list[int] = field(default_factory=lambda: list(NEXTFLOW_LEVELS))
     final_grids: list[list[int]] = field(default_factory=lambda: [list(grid) for grid in NEXTFLOW_FINAL_GRIDS])
+    prefix_scales: list[int] = field(default_factory=list)
     scale_dropout: float = 0.5
     commitment_weight: float = 0.25
     semantic_weight: float = 1.0
@@ -148,6 +152,10 @@ class NextFlowVQConfig(PreTrainedConfig):
             raise ValueError(
                 f"The semantic encoder sees {vision.image_size // vision.patch_size} patches a side, but the schedule "
                 f"ends with {self.sides[-1]}; the two must agree."
+            )
+        if not all(0 < own < len(self.sides) for own in self.prefix_scales):
+            raise ValueError(
+                f"`prefix_scales` are numbers of the first of {len(self.sides)} scales, got {self.prefix_scales}."
             )
         self.schedule  # an invalid schedule is an error here, not at the first picture  # noqa: B018
 

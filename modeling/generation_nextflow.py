@@ -231,7 +231,7 @@ class _PictureLater(LogitsProcessor):
 _IMAGE_INPUTS = ("pixel_values", "image_codes", "image_grids")
 # What `generate` takes for one picture, and not for those between texts.
 _IMAGE_MODE_ONLY = (
-    *("generator", "mask", "prefix_codes", "resampling", "best_of", "scorer"),
+    *("generator", "mask", "prefix_codes", "num_scales", "resampling", "best_of", "scorer"),
     *("negative_prompt_ids", "negative_prompt_attention_mask", "callback_on_scale_end", "streamer"),
 )
 
@@ -263,6 +263,8 @@ class NextScaleGenerationMixin(GenerationMixin):
                   of each prompt is drawn anew; elsewhere it is kept, its codes at every scale and its pixels up to a
                   soft edge one cell of the finest scale wide. The answer has its size.
                 * `prefix_codes`: `(batch, codes)` codes of the first scales; only finer ones are drawn.
+                * `num_scales`: draw only so many scales of a square picture, and show them as a picture of their own,
+                  smaller size; a number of the tokenizer's `prefix_scales`.
                 * `resampling`: passes that draw each scale after the first anew, fed with what was drawn of it: a list
                   of dicts of `temperature`, `top_k`, `top_p`, one a pass (TokenFlow). For models with
                   `visual_input="accumulated"`, whose inputs such codes are.
@@ -393,6 +395,7 @@ class NextScaleGenerationMixin(GenerationMixin):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         mask: torch.Tensor | None = None,
         prefix_codes: torch.LongTensor | None = None,
+        num_scales: int | None = None,
         resampling: Sequence[dict] | None = None,
         negative_prompt_ids: torch.LongTensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
@@ -433,8 +436,10 @@ class NextScaleGenerationMixin(GenerationMixin):
             kept = self._kept_pictures(mask, input_ids, pixel_values, image_codes, context_grids)
             image_size = [self.config.schedule.image_size(own.grids[-1]) for own in kept]
         grids = self._check_sizes(image_size, batch)
+        if num_scales is not None:
+            self._check_num_scales(num_scales, grids, kept)
         if prefix_codes is not None:
-            prefix_codes = self._check_prefix(prefix_codes, grids, kept)
+            prefix_codes = self._check_prefix(prefix_codes, [own[:num_scales] for own in grids], kept)
 
         # 2. Every prompt ends with what opens a picture, the slot of the first scale.
         input_ids, attention_mask = self._end_prompts(input_ids, attention_mask)
@@ -458,7 +463,9 @@ class NextScaleGenerationMixin(GenerationMixin):
             streamer=streamer,
             kept=kept,
             prefix_codes=prefix_codes,
+            last_scale=num_scales,
         )
+        grids = [own[:num_scales] for own in grids]
         images = self._decode_pictures(codes, grids)
         if kept is not None:
             images = [own.compose(image) for own, image in zip(kept, images)]
@@ -503,25 +510,30 @@ class NextScaleGenerationMixin(GenerationMixin):
         streamer,
         kept,
         prefix_codes,
+        last_scale,
     ) -> tuple[list[torch.LongTensor], list[torch.Tensor]]:
-        """The next-scale loop. Returns the codes and log-probabilities of each picture.
+        """The next-scale loop, up to scale number `last_scale` where there is one.
+
+        Returns the codes and log-probabilities of each picture.
 
         Rows of the forward passes are the conditional prompts, then (with guidance) the unconditional ones. Pictures
         may differ in size: a scale's slots are padded to the largest and masked.
         """
         batch, branches = len(grids), len(prompts)
+        shown = [own[:last_scale] for own in grids]
+        # A part of a picture is drawn as in the whole.
         num_scales = torch.tensor([len(own) for own in grids], device=prompts[0][0].device).repeat(branches)
 
         # 1. One pass over the prompts, both branches at once.
         embeds, positions, attention_mask, block_ids = self._open(prompts, image_codes, context_grids, grids)
         # Positions have three axes, time first, or one.
         start_time = positions[..., -1].reshape(-1, len(embeds))[0]
-        cache = self._make_cache(use_cache, static_cache, embeds.shape[1], grids)
+        cache = self._make_cache(use_cache, static_cache, embeds.shape[1], shown)
         hidden = self._pass(embeds, positions, attention_mask, block_ids, cache)[:, -1:]
 
         scales: list[list[torch.LongTensor]] = [[] for _ in range(batch)]
         log_probs: list[list[torch.Tensor]] = [[] for _ in range(batch)]
-        for scale in range(max(len(own) for own in grids)):
+        for scale in range(max(len(own) for own in shown)):
             # 2. From the second scale on: one pass over this scale's slots, fed with the scale before.
             if scale > 0:
                 block, mask = self._block(scales, grids, scale, num_scales)
@@ -556,8 +568,8 @@ class NextScaleGenerationMixin(GenerationMixin):
             if callback is not None or streamer is not None:
                 step = ScaleStep(
                     scale=scale,
-                    num_scales=max(len(own) for own in grids),
-                    grids=grids,
+                    num_scales=max(len(own) for own in shown),
+                    grids=shown,
                     codes=[torch.cat(own) for own in scales],
                     _decode=self._decode_pictures,
                 )
@@ -907,6 +919,21 @@ class NextScaleGenerationMixin(GenerationMixin):
             grids.append(schedule.grids_for_size(*size))
             self._check_image_size(tuple(size))
         return grids
+
+    def _check_num_scales(self, num_scales: int, grids, kept) -> None:
+        """Whether the tokenizer shows so many scales of these pictures in a size of their own."""
+        known = self.config.vq_config.prefix_scales
+        if num_scales not in known:
+            can = f"shows the first {' or '.join(map(str, known))}" if known else "was not trained to show first scales"
+            raise ValueError(f"`num_scales` is {num_scales}, but this image tokenizer {can} as a picture of their own.")
+        if kept is not None:
+            raise ValueError("Give a `mask` or `num_scales`, not both: what a mask keeps has the picture's whole size.")
+        for own in grids:
+            if own[-1][0] != own[-1][1] or len(own) <= num_scales:
+                size = "x".join(map(str, self.config.schedule.image_size(own[-1])))
+                raise ValueError(
+                    f"`num_scales` is {num_scales}, for square pictures of more scales; {size} has {len(own)}."
+                )
 
     def _check_prefix(self, prefix_codes: torch.LongTensor, grids, kept) -> torch.LongTensor:
         """Codes of the first scales of every picture, on this device."""

@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--output", type=Path, default=Path("pictures"), help="folder for the PNG files")
     generate.add_argument("--count", type=int, default=1, help="pictures to draw")
     generate.add_argument("--size", type=_size, help="HEIGHTxWIDTH in pixels")
+    generate.add_argument("--num-scales", type=int, help="draw only so many scales: a smaller picture")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--negative-prompt", help="what guidance leads away from")
     generate.add_argument("--refiner", help='what paints the result anew: "mini" (bundled), a folder or a Hub id')
@@ -191,9 +192,12 @@ def _generate(args: argparse.Namespace) -> None:
     if args.count < 1:
         raise ValueError(f"--count must be at least 1, got {args.count}.")
     refining = _refining_settings(args)
+    if args.num_scales is not None and args.refiner is not None:
+        raise ValueError("Give --num-scales or --refiner, not both: a refiner paints whole pictures.")
     args.output.mkdir(parents=True, exist_ok=True)
     model, processor = load(args.checkpoint)
-    sizes = {} if args.size is None else {"image_size": args.size}
+    given = {"image_size": args.size, "num_scales": args.num_scales}
+    sizes = {name: own for name, own in given.items() if own is not None}
     seeds = [args.seed + index for index in range(args.count)]
     if args.refiner is not None:
         sizes["refine"] = _refining(args, model, refining)

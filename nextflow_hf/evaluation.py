@@ -140,7 +140,8 @@ def evaluate_scenes(
 ) -> dict:
     """Everything that is measured of a checkpoint on scenes, with every setting that moves a score.
 
-    The first of the checkpoint's sizes is measured in full; of the others, drawing with one picture a prompt. `tests`
+    The first of the checkpoint's sizes is measured in full; of the others, and of the smaller pictures that its first
+    scales are, drawing with one picture a prompt. `tests`
     are those of each further ability ([`abilities`]); 0 leaves them out, and so do 0 `captions`. With `thinks`, what
     concerns given pictures is scored after a thought as well.
 
@@ -156,12 +157,13 @@ def evaluate_scenes(
         "tokenizer": score_tokenizer(model.vq_model, size, seed=seed),
         "drawing": score_drawing(model, processor, prompts_per_category, images_per_prompt, seed=seed, **sampling),
     }
-    if other_sizes:
+    others = {f"{own[0]}x{own[1]}": {"size": own} for own in other_sizes} | _first_scales(model, size)
+    if others:
         result["drawing_at_other_sizes"] = {
-            f"{own[0]}x{own[1]}": score_drawing(
-                model, processor, prompts_per_category, 1, seed=seed, size=own, **sampling
+            name: score_drawing(
+                model, processor, prompts_per_category, 1, seed=seed, **{"size": size, **own}, **sampling
             )
-            for own in other_sizes
+            for name, own in others.items()
         }
     if captions and (model.config.abilities is None or "caption" in model.config.abilities):
         result["captions"] = score_captions(model, processor, captions, seed=seed)
@@ -273,6 +275,19 @@ def weights_hash(folder: str) -> str | None:
     for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _first_scales(model, size: tuple[int, int]) -> dict[str, dict]:
+    """How smaller pictures are drawn that the first scales of one of `size` are, by name."""
+    schedule, numbers = model.config.schedule, model.config.vq_config.prefix_scales
+    grids = schedule.grids_for_size(*size)
+    if size[0] != size[1]:
+        return {}
+    return {
+        "{}x{}, the first {} scales".format(*schedule.image_size(grids[own - 1]), own): {"num_scales": own}
+        for own in numbers
+        if own < len(grids)
+    }
 
 
 def _sizes(model) -> list[tuple[int, int]]:

@@ -24,6 +24,7 @@ _DRAWING_ARGUMENTS = (
     "callback_on_scale_end",
     "streamer",
     "mask",
+    "num_scales",
     "resampling",
     "best_of",
     "scorer",

@@ -8,7 +8,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from .documents import is_learned
-from .sequences import IGNORED, CodedImage, SequenceBuilder
+from .sequences import CodedImage, SequenceBuilder
 
 # Items whose order is drawn at a time.
 _BLOCK = 65_536
@@ -74,12 +74,9 @@ class MixedSequences(Dataset):
         task_inversion: Share of the prompts answered by one picture that are turned round: the picture asks, the prompt
             answers (NextFlow section 6.7).
         seed: Seed of the order and of all that is drawn.
-        word_dropout: Share of the learned text tokens that are fed as padding to what follows them (Bowman et al.,
-            2015, arXiv 1511.06349): a word about a picture must then be read from the picture, and does not follow from
-            the words that it mostly stands with.
 
     Raises:
-        ValueError: If weights and datasets differ in number, a weight is not positive, or `word_dropout` is no share.
+        ValueError: If weights and datasets differ in number, or a weight is not positive.
     """
 
     def __init__(
@@ -91,14 +88,10 @@ class MixedSequences(Dataset):
         prompt_dropout: float = 0.1,
         task_inversion: float = 0.0,
         seed: int = 0,
-        word_dropout: float = 0.0,
     ):
         if len(weights) != len(sources) or not sources or min(weights) <= 0:
             raise ValueError(f"Each of {len(sources)} datasets needs a positive weight, got {weights}.")
-        if not 0 <= word_dropout < 1:
-            raise ValueError(f"`word_dropout` must lie in [0, 1), got {word_dropout}.")
         self.sources, self.builder, self.seed = sources, builder, seed
-        self.word_dropout = word_dropout
         self.prompt_dropout, self.task_inversion = prompt_dropout, task_inversion
         self.length = length
         shares = np.array(weights, dtype=np.float64) / sum(weights)
@@ -159,18 +152,7 @@ class MixedSequences(Dataset):
         # Where text and pictures take turns, drawing cannot know that a picture is the last: a few are shown, so that
         # the model learns to end its turn behind the final block as well.
         shows_last = rng.random() < _SHOWN_ENDINGS
-        sequence = self.builder.build(messages, images, without_prompt, shows_last)
-        if self.word_dropout:
-            self._drop_words(sequence, rng)
-        return {"id": name, **sequence}
-
-    def _drop_words(self, sequence: dict, rng: np.random.Generator) -> None:
-        """Feed padding in place of some of the words that are learned; what is to be learned stays."""
-        tokenizer, config = self.builder.tokenizer, self.builder.config
-        kept = {*tokenizer.all_special_ids, config.boi_token_id}
-        for place, label in enumerate(sequence["labels"]):
-            if label != IGNORED and label not in kept and rng.random() < self.word_dropout:
-                sequence["input_ids"][place] = tokenizer.pad_token_id
+        return {"id": name, **self.builder.build(messages, images, without_prompt, shows_last)}
 
 
 def shuffled(index: int, size: int, key: str) -> int:

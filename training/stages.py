@@ -92,14 +92,14 @@ STAGES: dict[str, Callable[[Recipe], None]] = {
 STAGE_ARGS: dict[str, set[str]] = {
     "text_tokenizer": {"texts", "vocab_size", "min_frequency"},
     "teacher": {"text_layers", "max_text_length", "ema_decay"},
-    "vq": {"phase", "new_codebook", "keep_weight", "prefix_scales", "ema_decay"},
+    "vq": {"phase", "new_codebook", "keep_weight", "ema_decay"},
     "extract": {own.name for own in fields(ExtractionSettings)},
     "rejection": set(REJECTION_DEFAULTS),
     "decoder": {
         *("trained", "lora", "head_rows"),
         *("prefix_scales", "prompt_dropout", "attn_implementation", "fsdp_size", "dtype", "ema_decay"),
         *("abilities", "sampling", "image_sizes", "sample_prompts", "sample_every", "image_size"),
-        *("sequences", "task_inversion", "word_dropout", "packing", "codes", "read_share", "epochs"),
+        *("sequences", "task_inversion", "packing", "codes", "read_share", "epochs"),
     },
     "grpo": {"rewards", "region_func", "lora", "blend", "dtype"},
     "refiner": {

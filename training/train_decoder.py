@@ -140,8 +140,8 @@ def train_decoder(recipe: Recipe) -> None:
       lists as trained; all that its data have where it is missing);
     * samples on the way: `sample_prompts`, `sample_every` (not where weights are sharded), of `image_size`;
     * for `data`: `image_size` ([height, width] that is drawn where no size is asked for), `sequences` (how many, before
-      they come again), `task_inversion`, `word_dropout`, and `packing` (`unit`: "tokens" or "flops",
-      `attention_weight`, `capacity`, `max_tokens`, `window`);
+      they come again), `task_inversion`, and `packing` (`unit`: "tokens" or "flops", `attention_weight`, `capacity`,
+      `max_tokens`, `window`);
     * for a `source`: `codes` (file of extracted codes), `read_share`, `epochs`.
 
     Raises:
@@ -397,7 +397,6 @@ def _mixed_data(recipe: Recipe, builder: SequenceBuilder, documents: list[CodedD
         prompt_dropout=stage.get("prompt_dropout", 0.1),
         task_inversion=stage.get("task_inversion", 0.0),
         seed=recipe.trainer.get("seed", 0),
-        word_dropout=stage.get("word_dropout", 0.0),
     )
     packing = dict(stage.get("packing") or {})
     if not packing:

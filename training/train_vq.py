@@ -136,16 +136,15 @@ def train_vq(recipe: Recipe) -> None:
     pictures, by the codes that are there and more, so that a decoder that draws with these goes on drawing), or
     "decoder" (the pixel decoder alone); `new_codebook`: false where the joint phase goes on with the codes that are
     there; `keep_weight`: how firmly the phase "extend" keeps what the encoder says of pictures that were shown well
-    before; `prefix_scales`: in the phase "decoder" square pictures are also shown by so many of their first scales (a
-    list of numbers), in the size of these; `ema_decay` (0.999) of the averaged weights, which are the result.
-    `init_from`: `teacher` (in the phases "pixel" and "joint"), and `vq` to go on from. Of a tokenizer that goes on,
-    `config` changes what weighs in its losses, `vq.scale_dropout`, `vq.dead_code_threshold`, and, in the phases "joint"
-    and "extend", `vq.codebook_size`; the phase "decoder" changes `vq.decoder_channels`, `vq.decoder_layers`,
-    `vq.scale_dropout` and `vq.levels` alone.
+    before; `ema_decay` (0.999) of the averaged weights, which are the result. `init_from`: `teacher` (in the phases
+    "pixel" and "joint"), and `vq` to go on from. Of a tokenizer that goes on, `config` changes what weighs in its
+    losses, `vq.scale_dropout`, `vq.dead_code_threshold`, and, in the phases "joint" and "extend", `vq.codebook_size`;
+    the phase "decoder" changes `vq.decoder_channels`, `vq.decoder_layers`, `vq.scale_dropout` and `vq.prefix_scales`
+    alone, and shows square pictures by these numbers of first scales, too, in a size of their own.
 
     Raises:
-        ValueError: If there is no such phase, it does not change an entry of `config`, or `prefix_scales` are no levels
-            of the schedule or meet a scale dropout, which would leave some of them out.
+        ValueError: If there is no such phase, it does not change an entry of `config`, or `prefix_scales` meet a scale
+            dropout, which would leave some of them out.
     """
     phase = recipe.stage_args.get("phase", "joint")
     if phase not in _TRAINED_PARTS:
@@ -203,10 +202,7 @@ def _train_pixel_decoder(recipe: Recipe, source: PairSource) -> None:
     model.codebook.num_frozen = model.codebook.size
     _freeze_all_but(model, "decoder")
     model.to(memory_format=torch.channels_last)
-    prefixes = recipe.stage_args.get("prefix_scales", [])
-    if not {*prefixes} <= {*config.levels}:
-        raise ValueError(f"`prefix_scales` are of the schedule's levels {config.levels}, got {prefixes}.")
-    if prefixes and config.scale_dropout:
+    if config.prefix_scales and config.scale_dropout:
         raise ValueError("`prefix_scales` need all scales of a picture; set `config.vq.scale_dropout` to 0.")
 
     def loss(model, batch):
@@ -216,7 +212,7 @@ def _train_pixel_decoder(recipe: Recipe, source: PairSource) -> None:
         errors = [
             _prefix_error(model, pixels, output.codes, scales)
             for pixels, output in zip(pictures, outputs)
-            for scales in prefixes
+            for scales in config.prefix_scales
             if pixels.shape[2] == pixels.shape[3]
         ]
         if not errors:
@@ -335,7 +331,7 @@ _SHOWN_WELL = 0.008
 # What of the configuration may change while the weights are kept.
 _FREE_ENTRIES = {"codebook_size", "commitment_weight", "dead_code_threshold", "scale_dropout", "semantic_weight"}
 # What of the configuration the pixel decoder's own phase may change.
-_DECODER_ENTRIES = {"decoder_channels", "decoder_layers", "levels", "scale_dropout"}
+_DECODER_ENTRIES = {"decoder_channels", "decoder_layers", "prefix_scales", "scale_dropout"}
 _PIXEL_PARTS = {"pixel_encoder", "pixel_proj", "post_pixel_proj", "pixel_decoder"}
 _TRAINED_PARTS = {
     "pixel": _PIXEL_PARTS,

@@ -1,9 +1,8 @@
 """Conversations about scenes: records for extraction and training, one task after another.
 
 Every record is of kind `messages` (`docs/data.md`), so that one dataset class serves all tasks. Where pictures are
-given, `thinks` is the share of records that first think: they write down all that there is to see and, where something
-is to be drawn, all of that, and then answer or draw. So each word of a thought is either read from a picture or follows
-from words that stand before it.
+given, `thinks` is the share of records that first think: they write down all that there is to see, or is to be drawn,
+and then answer or draw.
 """
 
 from collections.abc import Callable
@@ -106,15 +105,19 @@ def _draw(rng, scene, size, wordings: int = 6, places: bool = True):
 
 
 def _ask(rng, scene, size, questions: int = 5, describes: float = 0.5, thinks: float = 0.0):
-    """A picture, and questions about it in turn; a share of them begins with its description, or with a thought."""
+    """A picture, and questions about it in turn; a share of them begins with its description. Or one and a thought."""
     own = scene()
-    thought = thought_turn(tell_all(own)) if _chosen(rng, thinks) else ""
+    if _chosen(rng, thinks):
+        one = next(iter(ask_several(own, rng, 1)), None)
+        if one is None:
+            return None
+        return [user(IMAGE, one.text), assistant(thought_turn(tell_all(own)) + one.answer)], [render(own, size)]
     asked = [(one.text, one.answer) for one in ask_several(own, rng, questions)]
-    if not thought and rng.random() < describes:
+    if rng.random() < describes:
         asked.insert(0, (QUESTION, describe(own)))
     messages = []
     for number, (question, answer) in enumerate(asked):
-        messages += [user(*([] if number else [IMAGE]), question), assistant(answer if number else thought + answer)]
+        messages += [user(*([] if number else [IMAGE]), question), assistant(answer)]
     return messages, [render(own, size)]
 
 
@@ -123,23 +126,19 @@ def _edit(rng, scene, size, thinks: float = 0.0):
     own = draw_edit(scene(), rng)
     if own is None:
         return None
-    thought = _thought_of(own.after, tell_all(own.before)) if _chosen(rng, thinks) else ()
+    thought = _thought_of(own.after) if _chosen(rng, thinks) else ()
     return [user(IMAGE, own.text), assistant(*thought, IMAGE)], [render(own.before, size), render(own.after, size)]
 
 
 def _edit_turns(rng, scene, size, turns: int = 3, thinks: float = 0.0):
-    """A conversation of several edits, of which the last is learned; what came before is looked at.
-
-    Thoughts but the first find the picture told in the one before.
-    """
+    """A conversation of several edits, of which the last is learned; what came before is looked at."""
     own = draw_edits(scene(), rng, int(rng.integers(2, turns + 1)))
     if len(own) < 2:
         return None
     does_think = _chosen(rng, thinks)
     messages = []
     for number, edit in enumerate(own, 1):
-        seen = [] if messages else [tell_all(edit.before)]
-        thought = _thought_of(edit.after, *seen) if does_think else ()
+        thought = _thought_of(edit.after) if does_think else ()
         weight = {} if number == len(own) else {"weight": 0}
         messages += [user(*([] if messages else [IMAGE]), edit.text), assistant(*thought, IMAGE, **weight)]
     return messages, [render(own[0].before, size), *(render(edit.after, size) for edit in own)]
@@ -154,7 +153,7 @@ def _compare(rng, scene, size, thinks: float = 0.0):
     after = own.before if same else own.after
     answer = NOTHING if same else own.change
     if _chosen(rng, thinks):
-        answer = thought_turn(_tell_pair(own.before, after)) + answer
+        answer = thought_turn(f"first {tell_all(own.before)}. then {tell_all(after)}") + answer
     return [user(IMAGE, IMAGE, COMPARE_QUESTION), assistant(answer)], [render(own.before, size), render(after, size)]
 
 
@@ -167,11 +166,7 @@ def _in_context(rng, scene, size, examples: int = 2, thinks: float = 0.0):
     if not all(map(is_trained, afters)) or any(map(same_picture, befores, afters)):
         return None
     pairs = [render(own, size) for pair in zip(befores, afters) for own in pair]
-    thought = ()
-    if _chosen(rng, thinks):
-        # The first example told is enough: the rule is the same for all.
-        seen = _tell_pair(befores[0], afters[0])
-        thought = _thought_of(afters[-1], seen, rule.words, f"now {tell_all(befores[-1])}")
+    thought = _thought_of(afters[-1], rule.words) if _chosen(rng, thinks) else ()
     return [user(*[IMAGE] * (2 * examples + 1), EXAMPLE_PROMPT), assistant(*thought, IMAGE)], pairs
 
 
@@ -233,10 +228,6 @@ def thought_turn(thought: str) -> str:
 def _chosen(rng: np.random.Generator, share: float) -> bool:
     """True for a share; with none, the randomness stays as it is."""
     return share > 0 and rng.random() < share
-
-
-def _tell_pair(before: Scene, after: Scene) -> str:
-    return f"first {tell_all(before)}. then {tell_all(after)}"
 
 
 def _thought_of(scene: Scene, *steps: str) -> tuple[str]:

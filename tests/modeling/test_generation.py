@@ -572,6 +572,40 @@ def test_given_first_scales_are_kept_and_the_rest_is_drawn_from_them():
         draw(model, image_size=(32, 32), prefix_codes=prefix + 32)
 
 
+def test_first_scales_are_those_of_the_whole_picture_in_a_size_of_their_own():
+    model = small_model()
+    model.config.vq_config.prefix_scales = [2, 3]
+    settings = {"image_size": (32, 32), "num_scales": 3}
+    whole, steps = draw(model, image_size=(32, 32)), []
+    for cache in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
+        first = draw(model, **settings, **cache, callback_on_scale_end=steps.append)
+        for row in range(4):
+            assert torch.equal(first.codes[row], whole.codes[row][:14]) and first.images[row].shape == (3, 24, 24)
+            torch.testing.assert_close(first.log_probs[row], whole.log_probs[row][:14])
+            own = model.vq_model.decode(first.codes[row][None], whole.grids[row][:3])[0]
+            torch.testing.assert_close(first.images[row], own)
+    assert [step.scale for step in steps] == [0, 1, 2] * 3 and {step.num_scales for step in steps} == {3}
+    assert steps[1].preview()[0].shape == (3, 24, 24)
+    begun = draw(model, **settings, prefix_codes=torch.stack([own[:5] for own in whole.codes]))
+    assert all(torch.equal(own, codes[:14]) for own, codes in zip(begun.codes, whole.codes))
+    best = draw(model, **settings, best_of=2, scorer=lambda images: [own.mean() for own in images])
+    assert all(len(own) == 14 for own in best.codes)
+    for changes, message in (
+        ({"num_scales": 1}, "shows the first 2 or 3 "),
+        ({"num_scales": 2, "image_size": (16, 16)}, "16x16 has 2"),
+        ({"image_size": (16, 48)}, "for square pictures"),
+        ({"generation_mode": "interleaved"}, "does not take"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw(model, **{**settings, **changes})
+    with pytest.raises(ValueError, match="a `mask` or `num_scales`"):
+        model.generate(**edit_inputs(), **DRAW, mask=left_half(), num_scales=2)
+    with pytest.raises(ValueError, match="was not trained to show first scales"):
+        draw(small_model(), **settings)
+    with pytest.raises(ValueError, match="numbers of the first of 4 scales"):
+        type(model.config.vq_config)(**{**model.config.vq_config.to_dict(), "prefix_scales": [4]})
+
+
 def test_the_best_of_several_pictures_is_kept_for_each_prompt():
     model = small_model()
 

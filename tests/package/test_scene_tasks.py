@@ -383,27 +383,14 @@ def test_a_thought_before_a_picture_tells_all_of_it(task):
         *_, turn = record["messages"]
         text, place = turn["content"]
         assert place == {"type": "image"} and text["text"].endswith("\n</think>\n")
-        *seen, told = text["text"].removeprefix("<think>\n").removesuffix("\n</think>\n").split(". ")
-        facts = parse(told.removeprefix("so "))
+        facts = parse(text["text"].removesuffix("\n</think>\n").rpartition("so ")[2])
         assert is_complete(facts) and facts_match(facts, Referee().look(record["images"][-1]))
-        # What it follows from is told before it: a picture that is given, or that the turn before drew.
-        if task == "edit":
-            assert facts_match(parse(*seen), Referee().look(record["images"][0]))
-        elif task == "edit_turns":
-            assert not seen
-        elif task == "in_context":
-            texts = [own.removeprefix(word) for own, word in zip((*seen[:2], seen[3]), ("first ", "then ", "now "))]
-            for own, picture in zip(texts, (record["images"][place] for place in (0, 1, 4)), strict=True):
-                assert facts_match(parse(own), Referee().look(picture))
 
 
 def test_thoughts_about_pictures_tell_what_they_show():
     for record in list(TaskRecords("ask", num_records=12, seed=4, thinks=1.0)):
         thought = record["messages"][1]["content"][0]["text"].removeprefix("<think>\n").partition("\n</think>\n")[0]
         assert facts_match(parse(thought), Referee().look(record["images"][0]))
-        # Later questions find it there.
-        assert len(record["messages"]) > 2
-        assert not any("think" in turn["content"][-1]["text"] for turn in record["messages"][2:])
     for record in list(TaskRecords("compare", num_records=12, seed=4, thinks=1.0)):
         thought = record["messages"][1]["content"][0]["text"].removeprefix("<think>\n").partition("\n</think>\n")[0]
         for text, picture in zip(thought.removeprefix("first ").split(". then "), record["images"], strict=True):

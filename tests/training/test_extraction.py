@@ -439,28 +439,6 @@ def test_datasets_are_mixed_by_weight_in_an_order_of_their_own(tmp_path, vq_mode
         MixedSequences(sources, [1e6, 1], builder, length=4)
 
 
-def test_dropped_words_are_learned_all_the_same_but_not_shown(tmp_path, vq_model, builder):
-    extract({"dots": DocumentReader(captions(), "image_to_text")}, vq_model, tmp_path, SETTINGS)
-    sources = [CodedDocuments(tmp_path / "dots")]
-    plain = MixedSequences(sources, [1], builder, length=200, prompt_dropout=0.0)
-    dropped = MixedSequences(sources, [1], builder, length=200, prompt_dropout=0.0, word_dropout=0.3)
-    special, padding = {*builder.tokenizer.all_special_ids}, builder.tokenizer.pad_token_id
-    words = changed = 0
-    for index in range(200):
-        whole, item = plain[index], dropped[index]
-        assert {name: own for name, own in item.items() if name != "input_ids"} == {
-            name: own for name, own in whole.items() if name != "input_ids"
-        }
-        for before, after, label in zip(whole["input_ids"], item["input_ids"], whole["labels"], strict=True):
-            is_word = label != -100 and label not in special
-            assert after == before or (after == padding and is_word)
-            words, changed = words + is_word, changed + (after != before)
-    assert 0.2 < changed / words < 0.4
-    assert dropped[7] == MixedSequences(sources, [1], builder, length=200, prompt_dropout=0.0, word_dropout=0.3)[7]
-    with pytest.raises(ValueError, match="word_dropout"):
-        MixedSequences(sources, [1], builder, length=4, word_dropout=1.0)
-
-
 def test_the_order_of_billions_of_items_is_drawn_where_it_is_read(tmp_path, vq_model, builder):
     extract({"dots": DocumentReader(captions(), "text_to_image")}, vq_model, tmp_path, SETTINGS)
     dots = CodedDocuments(tmp_path / "dots")
