@@ -38,7 +38,9 @@ class _Bundle:
 
 _BUNDLES = {
     "mini": _Bundle(
-        ("teacher", "vq-pixel", "vq-joint", "vq-decoder", "pretrain-64", "grpo"), evaluate_scenes, model_card
+        ("teacher", "vq-pixel", "vq-joint", "vq-decoder", "vq-small", "pretrain-64", "grpo"),
+        evaluate_scenes,
+        model_card,
     ),
     "mini-words": _Bundle(("vq-words", "pretrain-words", "grpo-words"), evaluate_words, words_card),
 }

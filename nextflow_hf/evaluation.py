@@ -11,9 +11,10 @@ import torch
 import transformers
 
 from . import BUNDLED, __version__
-from .abilities import Tested, score_abilities, score_words
+from .abilities import Tested, score_abilities, score_words, shows
 from .inference import describe_pictures, draw_prompts, load
 from .intervals import interval, resample, summarize
+from .modeling.configuration_nextflow import NextFlowVQConfig
 from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from .processing.processing_nextflow import NextFlowProcessor
 from .scenes import (
@@ -97,11 +98,13 @@ def score_tokenizer(
     Returns:
         `psnr`: dB of the mean squared error of all pictures, in 8-bit levels; `psnr_per_scale`: for 1, 2, ... scales;
         `codebook_use`: share of codes chosen at least once over `n` pictures; `readable`: share of round trips that the
-        referee reads as the original's facts.
+        referee reads as the original's facts; `readable_first_scales`: the same of the smaller pictures that first
+        scales are, by their number, where the tokenizer shows such.
     """
     source = SceneSource(size, n, seed + 200_000, split)
     referee = Referee(lattice_for(size))
-    errors, used, read = [], set(), 0
+    smaller = [own["num_scales"] for own in _first_scales(vq_model.config, size).values()]
+    errors, used, read = [], set(), dict.fromkeys([*smaller, None], 0)
     for first in range(0, n, 50):
         indices = range(first, min(first + 50, n))
         images = np.stack([source.image(i) for i in indices])
@@ -114,16 +117,19 @@ def score_tokenizer(
             decoded = ((vq_model.decode(encoding.codes[:, :count], encoding.grids).cpu() + 1) * 127.5).round()
             row.append(((decoded - torch.from_numpy(images).permute(0, 3, 1, 2)) ** 2).mean(dim=(1, 2, 3)))
         errors.append(torch.stack(row, dim=1))
-        for picture, index in zip(decoded.byte().permute(0, 2, 3, 1).numpy(), indices):
-            reading, scene = referee.look(picture), source.scene(index)
-            key = [sorted((o.shape, o.color, o.size, o.center) for o in own.objects) for own in (reading, scene)]
-            read += reading.readable and key[0] == key[1] and reading.background == scene.background
+        for scales in read:
+            grids = encoding.grids[:scales]
+            codes = encoding.codes[:, : sum(h * w for h, w in grids)]
+            shown = ((vq_model.decode(codes, grids).cpu() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+            for picture, index in zip(shown, indices):
+                read[scales] += shows(referee.look(picture), source.scene(index))
     psnr = 10 * torch.log10(255**2 / torch.cat(errors).mean(dim=0))
     return {
         "psnr": round(psnr[-1].item(), 2),
         "psnr_per_scale": [round(value, 2) for value in psnr.tolist()],
         "codebook_use": round(len(used) / vq_model.codebook.size, 4),
-        "readable": round(read / n, 4),
+        "readable": round(read.pop(None) / n, 4),
+        **({"readable_first_scales": {str(own): round(right / n, 4) for own, right in read.items()}} if read else {}),
         "pictures": n,
     }
 
@@ -157,7 +163,8 @@ def evaluate_scenes(
         "tokenizer": score_tokenizer(model.vq_model, size, seed=seed),
         "drawing": score_drawing(model, processor, prompts_per_category, images_per_prompt, seed=seed, **sampling),
     }
-    others = {f"{own[0]}x{own[1]}": {"size": own} for own in other_sizes} | _first_scales(model, size)
+    smaller = _first_scales(model.config.vq_config, size)
+    others = {f"{own[0]}x{own[1]}": {"size": own} for own in other_sizes} | smaller
     if others:
         result["drawing_at_other_sizes"] = {
             name: score_drawing(
@@ -261,6 +268,9 @@ def table(result: dict) -> str:
     if "tokenizer" in result:
         tokenizer = result["tokenizer"]
         lines.append(f"| tokenizer PSNR | {tokenizer['psnr']:.2f} dB | |")
+        lines.append(f"| tokenizer, readable | {tokenizer['readable']:.3f} | |")
+        for scales, own in tokenizer.get("readable_first_scales", {}).items():
+            lines.append(f"| tokenizer, readable by the first {scales} scales | {own:.3f} | |")
         lines.append(f"| tokenizer codebook use | {tokenizer['codebook_use']:.1%} | |")
         lines.append(f"| referee's own error | {result['referee']['error']:.2%} | |")
     return "\n".join(lines)
@@ -277,9 +287,9 @@ def weights_hash(folder: str) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def _first_scales(model, size: tuple[int, int]) -> dict[str, dict]:
+def _first_scales(config: NextFlowVQConfig, size: tuple[int, int]) -> dict[str, dict]:
     """How smaller pictures are drawn that the first scales of one of `size` are, by name."""
-    schedule, numbers = model.config.schedule, model.config.vq_config.prefix_scales
+    schedule, numbers = config.schedule, config.prefix_scales
     grids = schedule.grids_for_size(*size)
     if size[0] != size[1]:
         return {}
