@@ -104,7 +104,7 @@ def score_tokenizer(
     source = SceneSource(size, n, seed + 200_000, split)
     referee = Referee(lattice_for(size))
     smaller = [own["num_scales"] for own in _first_scales(vq_model.config, size).values()]
-    errors, used, read = [], set(), dict.fromkeys([*smaller, None], 0)
+    errors, used, read = [], set(), dict.fromkeys([None, *smaller], 0)
     for first in range(0, n, 50):
         indices = range(first, min(first + 50, n))
         images = np.stack([source.image(i) for i in indices])
@@ -118,10 +118,11 @@ def score_tokenizer(
             row.append(((decoded - torch.from_numpy(images).permute(0, 3, 1, 2)) ** 2).mean(dim=(1, 2, 3)))
         errors.append(torch.stack(row, dim=1))
         for scales in read:
-            grids = encoding.grids[:scales]
-            codes = encoding.codes[:, : sum(h * w for h, w in grids)]
-            shown = ((vq_model.decode(codes, grids).cpu() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-            for picture, index in zip(shown, indices):
+            if scales is not None:
+                grids = encoding.grids[:scales]
+                codes = encoding.codes[:, : sum(h * w for h, w in grids)]
+                decoded = ((vq_model.decode(codes, grids).cpu() + 1) * 127.5).round()
+            for picture, index in zip(decoded.byte().permute(0, 2, 3, 1).numpy(), indices):
                 read[scales] += shows(referee.look(picture), source.scene(index))
     psnr = 10 * torch.log10(255**2 / torch.cat(errors).mean(dim=0))
     return {

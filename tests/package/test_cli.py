@@ -36,6 +36,18 @@ def test_a_picture_is_the_same_alone_and_among_others(tmp_path):
     assert np.abs(two - one).max() <= 1
 
 
+def test_first_scales_are_a_smaller_picture(tmp_path, capsys):
+    drawn = ["generate", "a red circle left of a blue square", "--output", str(tmp_path), "--num-scales"]
+    assert main([*drawn, "5"]) == 0
+    reading = nextflow_hf.scenes.Referee((4, 4)).look(Image.open(tmp_path / "0000.png"))
+    assert Image.open(tmp_path / "0000.png").size == (48, 48)
+    assert [(own.color, own.shape) for own in reading.objects] == [("red", "circle"), ("blue", "square")]
+    capsys.readouterr()
+    for more, message in ((["4"], "shows the first 5"), (["5", "--refiner", "mini"], "paints whole pictures")):
+        assert main([*drawn, *more]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_describe(tmp_path, capsys):
     nextflow_hf.scenes  # noqa: B018  (a sub-package is reachable by name)
     source = nextflow_hf.scenes.SceneSource((64, 64), 1, seed=2)
@@ -94,7 +106,10 @@ def test_evaluate_writes_scores_and_every_setting(tmp_path, capsys):
     assert result["settings"]["sampling"]["top_k"] == 7 and result["settings"]["weights_sha256"]
     assert set(result["drawing"]) == {"overall", *nextflow_hf.scenes.CATEGORIES}
     assert all(0 <= own["low"] <= own["score"] <= own["high"] <= 1 for own in result["drawing"].values())
-    assert "| drawing: overall |" in capsys.readouterr().out
+    assert set(result["drawing_at_other_sizes"]) == {"48x80", "80x48", "48x48, the first 5 scales"}
+    assert set(result["tokenizer"]["readable_first_scales"]) == {"5"}
+    shown = capsys.readouterr().out
+    assert "| drawing: overall |" in shown and "| drawing at 48x48, the first 5 scales: overall |" in shown
 
 
 def test_evaluate_refuses_before_anything_is_drawn_and_may_leave_captions_out(tmp_path, capsys, monkeypatch):
