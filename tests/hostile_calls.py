@@ -116,6 +116,7 @@ CALLS = {
     "a negative size": lambda b: b.draw(image_size=(-32, 32)),
     "a size that is no multiple of the grid": lambda b: b.draw(image_size=(30, 32)),
     "a size that the checkpoint was not trained for": lambda b: b.draw(image_size=(16, 48)),
+    "first scales that the image tokenizer does not show": lambda b: b.draw(num_scales=3),
     "two sizes for one prompt": lambda b: b.draw(image_size=[(32, 32), (32, 32)]),
     "two seeds for one prompt": lambda b: b.draw(seed=[1, 2]),
     "a seed and a generator": lambda b: b.draw(seed=1, generator=torch.Generator()),
