@@ -28,7 +28,7 @@ import time
 import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from unittest import mock
 
@@ -38,13 +38,13 @@ import torch.nn.functional as F
 from common import RESULTS, record, save_figure, write_json
 from transformers import PreTrainedTokenizerFast
 
-from nextflow_hf import MINI
 from nextflow_hf.inference import describe_pictures, draw_prompts, load
 from nextflow_hf.modeling import modeling_nextflow
 from nextflow_hf.modeling.configuration_nextflow import NextFlowConfig
 from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from nextflow_hf.modeling.modeling_nextflow_vq import NextFlowVQModel
 from nextflow_hf.processing.processing_nextflow import NextFlowProcessor
+from nextflow_hf.processing.tokenization_nextflow import train_tokenizer
 from nextflow_hf.scenes import (
     BACKGROUNDS,
     COLORS,
@@ -193,6 +193,16 @@ def pixels_of(own: list[Scene], size: int) -> torch.Tensor:
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+@cache
+def text_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of this world's own words, whatever the one in the box knows by now."""
+    told = scenes(2000, 0, "train")
+    texts = [
+        f"{role}\n{text}" for s in told for role, text in (("user", words_of(facts_of(s))), ("assistant", describe(s)))
+    ]
+    return train_tokenizer([*texts, f"user\n{QUESTION}"], TEXT_VOCABULARY)
 
 
 def tokenizer_for(kind: str, seed: int, effort: Effort) -> NextFlowVQModel:
@@ -385,7 +395,7 @@ def measure(
 def run(variant: Variant, seed: int, effort: Effort) -> dict:
     """Train and measure one variant."""
     begun = time.perf_counter()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(MINI)
+    tokenizer = text_tokenizer()
     vq_model = tokenizer_for(variant.tokenizer, seed, effort)
     start = None
     if variant.size == 64:
