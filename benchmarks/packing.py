@@ -198,6 +198,9 @@ def main() -> None:
         "compute": ("block_varlen", of_equal(SequenceCost(config)), None),
         "time": ("block_varlen", of_equal(SequenceCost(config, weight)), None),
     }
+    short = [name for name, (_, bins, _) in ways.items() if len(bins) < args.ranks]
+    if short:
+        parser.error(f"{args.sequences} sequences fill too few bins for {args.ranks} ranks in {short}; give more")
     batches_of = {name: own[2] or [collate_packed([each]) for each in own[1]] for name, own in ways.items()}
     for name, (implementation, *_) in ways.items():
         time_step(model, implementation, batches_of[name][-1])
