@@ -213,7 +213,7 @@ def _train_pixel_decoder(recipe: Recipe, source: PairSource) -> None:
             _prefix_error(model, pixels, output.codes, scales)
             for pixels, output in zip(pictures, outputs)
             for scales in config.prefix_scales
-            if pixels.shape[2] == pixels.shape[3]
+            if pixels.shape[2] == pixels.shape[3] and scales < len(model.schedule.grids_for_size(*pixels.shape[-2:]))
         ]
         if not errors:
             return mean
@@ -227,11 +227,9 @@ def _train_pixel_decoder(recipe: Recipe, source: PairSource) -> None:
 
 def _prefix_error(model: NextFlowVQModel, pixels: torch.Tensor, codes: torch.Tensor, scales: int) -> torch.Tensor:
     """Mean squared error `(batch,)` of pictures by their first scales, as pictures of those scales' size."""
-    grids = model.schedule.grids_for_size(*pixels.shape[-2:])
-    if scales >= len(grids):
-        return pixels.new_zeros(0)
-    first = codes[:, : sum(height * width for height, width in grids[:scales])]
-    shown = model.decode_features(model.sum_features(first, grids[:scales]))
+    grids = model.schedule.grids_for_size(*pixels.shape[-2:])[:scales]
+    first = codes[:, : sum(height * width for height, width in grids)]
+    shown = model.decode_features(model.sum_features(first, grids))
     wanted = F.interpolate(pixels, size=shown.shape[-2:], mode="bicubic", antialias=True).clamp(-1, 1)
     return (shown - wanted).square().mean(dim=(1, 2, 3))
 

@@ -426,6 +426,12 @@ def test_the_decoder_phase_learns_to_show_first_scales_as_smaller_pictures(tmp_p
     losses = [own["prefix_loss"] for own in log if "prefix_loss" in own]
     assert losses[0] == pytest.approx(errors[0], rel=0.2)
     assert losses[-1] < 0.7 * losses[0] and errors[1] < 0.7 * errors[0]
+    # Pictures that have no more scales than that are shown whole alone.
+    recipe.output_dir, recipe.source["size"] = str(tmp_path / "small"), 16
+    recipe.trainer["max_steps"] = 2
+    run_recipe(recipe)
+    log = json.loads((tmp_path / "small" / "trainer_state.json").read_text())["log_history"]
+    assert log[0]["loss"] > 0 and not any("prefix_loss" in own for own in log)
     recipe.config["vq.scale_dropout"] = 0.1
     with pytest.raises(ValueError, match="need all scales"):
         run_recipe(recipe)
