@@ -8,14 +8,14 @@ the tests.
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 
-from .inference import answer, assistant, draw, tell, think, user
+from .inference import answer, answer_in_words, assistant, draw, draw_in_words, tell, think, user
 from .intervals import interval
 from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from .processing.processing_nextflow import NextFlowProcessor
@@ -44,7 +44,10 @@ from .scenes.stories import draw_story
 from .scenes.tasks import COMPARE_QUESTION, EXAMPLE_PROMPT, NOTHING, ask_for_subject, draw_reference
 from .training.rewards import letters_right
 
-AFTER_A_THOUGHT = ", after a thought"
+# Ends of the names of scores.
+AFTER_A_THOUGHT, IN_WORDS = ", after a thought", ", in words"
+# Pictures that are drawn of each prompt where the model works in words.
+_DRAFTS = 4
 # Shares of scenes with one object, with some alike, with two that differ, with more that differ.
 _FAMILIES = (0.2, 0.1, 0.5, 0.2)
 
@@ -61,6 +64,7 @@ class Tested:
         seed: Seed of the tests and of what is drawn.
         split: Which combinations the tests show.
         thinks: Whether what concerns pictures is scored after a thought as well, beside what is done at once.
+        in_words: Whether it is scored in words as well ([`inference.draw_in_words`] with four drafts).
     """
 
     model: NextFlowForConditionalGeneration
@@ -70,6 +74,7 @@ class Tested:
     seed: int = 0
     split: str = "test"
     thinks: bool = False
+    in_words: bool = False
 
     @property
     def lattice(self) -> tuple[int, int]:
@@ -98,31 +103,34 @@ class Tested:
         """A scene's picture."""
         return Image.fromarray(render(scene, self.size))
 
-    def draw(self, conversations: Sequence[list[dict]], **sampling) -> list[Image.Image]:
-        """The pictures that answer conversations."""
-        seeds = [self.seed + index for index in range(len(conversations))]
-        return draw(
-            self.model,
-            self.processor,
-            conversations,
-            seeds,
-            resolution=self.resolution,
-            **{"image_size": self.size, **sampling},
-        )
+    @property
+    def ways(self) -> list[str]:
+        """How what concerns pictures is scored: at once (""), and beside it the ends of the scores' names."""
+        return ["", *([AFTER_A_THOUGHT] if self.thinks else []), *([IN_WORDS] if self.in_words else [])]
 
-    def answer(self, conversations: Sequence[list[dict]]) -> list[str]:
-        """The words that answer conversations."""
-        return answer(self.model, self.processor, conversations, resolution=self.resolution)
+    def draw(self, conversations: Sequence[list[dict]], way: str = "", **sampling) -> list[Image.Image]:
+        """The pictures that answer conversations, in one of `ways`."""
+        seeds = [self.seed + index for index in range(len(conversations))]
+        settings = {"resolution": self.resolution, "image_size": self.size, **sampling}
+        if way == IN_WORDS:
+            return draw_in_words(self.model, self.processor, conversations, seeds, drafts=_DRAFTS, **settings)
+        return draw(self.model, self.processor, self.begun(conversations, way), seeds, **settings)
+
+    def answer(self, conversations: Sequence[list[dict]], way: str = "") -> list[str]:
+        """The words that answer conversations, in one of `ways`."""
+        if way == IN_WORDS:
+            return answer_in_words(self.model, self.processor, conversations, resolution=self.resolution)
+        return answer(self.model, self.processor, self.begun(conversations, way), resolution=self.resolution)
 
     def think(self, conversations: Sequence[list[dict]]) -> list[str]:
         """The thoughts before the answers to conversations."""
         return think(self.model, self.processor, conversations, resolution=self.resolution)
 
-    def ways(self, conversations: Sequence[list[dict]]) -> Iterator[tuple[str, list[list[dict]]]]:
-        """Ends of a score's name, and the conversations to go on with: as they are, and after a thought."""
-        yield "", list(conversations)
-        if self.thinks:
-            yield AFTER_A_THOUGHT, _begun(conversations, self.think(conversations))
+    def begun(self, conversations: Sequence[list[dict]], way: str) -> list[list[dict]]:
+        """Conversations whose answer begins with a thought, where the way is one of thinking."""
+        if way != AFTER_A_THOUGHT or conversations[0][-1]["role"] == "assistant":
+            return list(conversations)
+        return [[*talk, assistant(own)] for talk, own in zip(conversations, self.think(conversations))]
 
 
 # ---- seeing ----------------------------------------------------------------------------------------------------------
@@ -141,9 +149,10 @@ def score_questions(tested: Tested) -> dict:
     likeliest = sum(
         Counter(own.answer for own, _ in questions if own.kind == kind).most_common(1)[0][1] for kind in set(kinds)
     )
+    conversations = [[user(picture, own.text)] for own, picture in questions]
     result = {}
-    for way, conversations in tested.ways([[user(picture, own.text)] for own, picture in questions]):
-        answers = tested.answer(conversations)
+    for way in tested.ways:
+        answers = tested.answer(conversations, way)
         right = np.array([own.answer == said.strip() for (own, _), said in zip(questions, answers)], float)
         result[f"questions{way}"] = interval(right)
         for kind in QUESTION_KINDS:
@@ -161,9 +170,10 @@ def score_comparison(tested: Tested) -> dict:
         is_same = number % 8 == 7
         pairs.append((own.before, own.before if is_same else own.after))
         wanted.append(NOTHING if is_same else own.change)
+    conversations = [[user(*map(tested.picture, pair), COMPARE_QUESTION)] for pair in pairs]
     result = {}
-    for way, conversations in tested.ways([[user(*map(tested.picture, pair), COMPARE_QUESTION)] for pair in pairs]):
-        answers = tested.answer(conversations)
+    for way in tested.ways:
+        answers = tested.answer(conversations, way)
         result[f"comparison{way}"] = interval([right == said.strip() for right, said in zip(wanted, answers)])
     return result
 
@@ -175,9 +185,10 @@ def score_edits(tested: Tested) -> dict:
     """Single edits: whether what was to change did, whether the rest was kept, and both with nothing else there."""
     edits = _edits(tested)
     referee = Referee(tested.lattice)
+    conversations = [[user(tested.picture(own.before), own.text)] for own in edits]
     result = {}
-    for way, conversations in tested.ways([[user(tested.picture(own.before), own.text)] for own in edits]):
-        pictures = tested.draw(conversations)
+    for way in tested.ways:
+        pictures = tested.draw(conversations, way)
         verdicts = np.array([judge_edit(own, referee.look(picture)) for own, picture in zip(edits, pictures)], float)
         for place, name in enumerate(("followed", "kept", "exact")):
             result[f"edits: {name}{way}"] = interval(verdicts[:, place])
@@ -209,16 +220,18 @@ def score_conversations(tested: Tested, turns: int = 3) -> dict:
         wanted.append(edits)
     referee = Referee(tested.lattice)
     result = {}
-    for thinks in (False, True) if tested.thinks else (False,):
+    for way in tested.ways:
         conversations = [[user(tested.picture(edits[0].before), edits[0].text)] for edits in wanted]
         for turn in range(turns):
-            thoughts = tested.think(conversations) if thinks else [None] * len(conversations)
-            pictures = tested.draw(_begun(conversations, thoughts))
+            conversations = tested.begun(conversations, way)
+            pictures = tested.draw(conversations, way)
             if turn + 1 < turns:
-                for talk, thought, picture, edits in zip(conversations, thoughts, pictures, wanted):
-                    talk += [assistant(*filter(None, [thought]), picture), user(edits[turn + 1].text)]
+                conversations = [
+                    [*_drawn(talk, picture), user(edits[turn + 1].text)]
+                    for talk, picture, edits in zip(conversations, pictures, wanted)
+                ]
         right = [shows(referee.look(picture), edits[-1].after) for picture, edits in zip(pictures, wanted)]
-        result[f"{turns} edits in a row{AFTER_A_THOUGHT if thinks else ''}"] = interval(right)
+        result[f"{turns} edits in a row{way}"] = interval(right)
     return result
 
 
@@ -280,8 +293,8 @@ def score_examples(tested: Tested, examples: int = 2) -> dict:
     referee = Referee(tested.lattice)
     result = {}
     for name, conversations in (("in-context edits", with_examples), ("in-context edits, no examples", without)):
-        for way, asked in tested.ways(conversations):
-            pictures = tested.draw(asked)
+        for way in tested.ways:
+            pictures = tested.draw(conversations, way)
             result[name + way] = interval([shows(referee.look(own), scene) for own, scene in zip(pictures, wanted)])
     return result
 
@@ -299,8 +312,8 @@ def score_subjects(tested: Tested) -> dict:
         wanted.append(scene)
     referee = Referee(tested.lattice)
     result = {}
-    for way, asked in tested.ways(conversations):
-        pictures = tested.draw(asked)
+    for way in tested.ways:
+        pictures = tested.draw(conversations, way)
         result[f"subject-driven{way}"] = interval([shows(referee.look(own), one) for own, one in zip(pictures, wanted)])
     return result
 
@@ -465,9 +478,13 @@ def _objects(objects) -> frozenset:
     return frozenset((own.shape, own.color, own.size, tuple(own.cell)) for own in objects)
 
 
-def _begun(conversations: Sequence[list[dict]], thoughts: Sequence[str | None]) -> list[list[dict]]:
-    """Conversations whose answer begins with a thought, where there is one."""
-    return [[*talk, assistant(own)] if own else list(talk) for talk, own in zip(conversations, thoughts)]
+def _drawn(conversation: list[dict], picture: Image.Image) -> list[dict]:
+    """A conversation with the picture that answers it, behind a thought where there is one."""
+    *before, last = conversation
+    turn = assistant(picture)
+    if last["role"] == "user":
+        return [*conversation, turn]
+    return [*before, {**turn, "content": [*last["content"], *turn["content"]]}]
 
 
 def _edits(tested: Tested) -> list[Edit]:

@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     describe.add_argument(
         "--think", action="store_true", help="let the model write down first what it sees, if it was trained to"
     )
+    describe.add_argument("--in-words", action="store_true", help="answer from the model's own description alone")
     describe.add_argument("--checkpoint", default="mini")
     describe.set_defaults(run=_describe)
 
@@ -75,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument(
         "--think", action="store_true", help="let the model write down first what to draw, if it was trained to"
     )
+    edit.add_argument("--in-words", action="store_true", help="describe the picture, change the words, draw it anew")
+    edit.add_argument("--drafts", type=int, help="with --in-words: draw so many, keep what is read most as meant (1)")
     edit.add_argument("--output", type=Path, default=Path("edited.png"))
     edit.add_argument("--seed", type=int, default=0)
     _add_sampling(edit)
@@ -120,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tests", type=int, help="scenes: of each further ability (200); 0 leaves them out. words: how many (400)"
     )
     evaluate.add_argument("--think", action="store_true", help="scenes: edits and answers after a thought as well")
+    evaluate.add_argument("--in-words", action="store_true", help="scenes: edits and answers in words as well")
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument(
         "--output", type=Path, help="scenes, words: JSON file for the scores and all settings; else a folder"
@@ -247,11 +251,16 @@ def _refining(args: argparse.Namespace, model, settings: dict):
 def _describe(args: argparse.Namespace) -> None:
     from PIL import Image
 
-    from .inference import answer, assistant, load, think, user
+    from .inference import answer, answer_in_words, assistant, load, think, user
 
+    if args.think and args.in_words:
+        raise ValueError("Give --think or --in-words, not both.")
     picture = Image.open(args.picture)
     model, processor = load(args.checkpoint)
     conversation = [user(picture, args.question)]
+    if args.in_words:
+        print(*answer_in_words(model, processor, [conversation]))
+        return
     if args.think:
         (thought,) = think(model, processor, [conversation])
         print(thought, end="")
@@ -265,6 +274,10 @@ def _edit(args: argparse.Namespace) -> None:
 
     if args.mask is not None and args.size is not None:
         raise ValueError("Give --mask or --size, not both: a larger canvas has its own mask.")
+    if args.in_words and (args.think or args.mask is not None or args.size is not None):
+        raise ValueError("--in-words draws the whole picture anew: leave out --think, --mask and --size.")
+    if args.drafts is not None and (not args.in_words or args.drafts < 1):
+        raise ValueError(f"--drafts is a number of 1 and more that goes with --in-words, got {args.drafts}.")
     if args.output.suffix.lower() != ".png":
         raise ValueError(f"--output is a PNG file, got {args.output.name!r}.")
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -274,9 +287,10 @@ def _edit(args: argparse.Namespace) -> None:
     if args.size is not None:
         check_trained_size(model, args.size)
         picture, mask = place_on_canvas(picture, args.size)
-    edited = edit_picture(
-        model, processor, picture, args.instruction, mask, args.seed, enable_thinking=args.think, **_sampling(args)
-    )
+    ways = {"enable_thinking": args.think, "in_words": args.in_words}
+    if args.drafts is not None:
+        ways["drafts"] = args.drafts
+    edited = edit_picture(model, processor, picture, args.instruction, mask, args.seed, **ways, **_sampling(args))
     save_picture(edited, args.output)
     print(args.output)
 
@@ -338,7 +352,8 @@ def _extract(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     taken = {"scenes": _SCENES, "words": {"tests": 400}}.get(args.suite, {"images": None})
     given = [f"--{name}" for name in _SCENES if name not in taken and getattr(args, name) is not None]
-    given += ["--think"] if args.think and args.suite != "scenes" else []
+    switches = [name for name in ("think", "in_words") if getattr(args, name) and args.suite != "scenes"]
+    given += [f"--{name.replace('_', '-')}" for name in switches]
     if given:
         raise ValueError(f"`evaluate {args.suite}` does not take {', '.join(given)}; `evaluate scenes` does.")
     if args.suite in BENCHMARKS:
@@ -355,7 +370,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.suite == "words":
         result = evaluate_words(args.checkpoint, *numbers, args.seed, **_sampling(args))
     else:
-        result = evaluate_scenes(args.checkpoint, *numbers, args.seed, args.think, **_sampling(args))
+        ways = {"thinks": args.think, "in_words": args.in_words}
+        result = evaluate_scenes(args.checkpoint, *numbers, args.seed, **ways, **_sampling(args))
     print(table(result), flush=True)
     if args.output is not None:
         write_whole(args.output, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))

@@ -143,6 +143,7 @@ def evaluate_scenes(
     tests: int = 200,
     seed: int = 0,
     thinks: bool = False,
+    in_words: bool = False,
     **sampling,
 ) -> dict:
     """Everything that is measured of a checkpoint on scenes, with every setting that moves a score.
@@ -150,12 +151,14 @@ def evaluate_scenes(
     The first of the checkpoint's sizes is measured in full; of the others, and of the smaller pictures that its first
     scales are, drawing with one picture a prompt. `tests`
     are those of each further ability ([`abilities`]); 0 leaves them out, and so do 0 `captions`. With `thinks`, what
-    concerns given pictures is scored after a thought as well.
+    concerns given pictures is scored after a thought as well, with `in_words` in words.
 
     Raises:
-        ValueError: If a checkpoint that does not think is to do so.
+        ValueError: If a checkpoint that does not think, or goes on from no words alone, is to do so.
     """
     model, processor = load(checkpoint)
+    if in_words and model.config.abilities is not None and "text" not in model.config.abilities:
+        raise ValueError(f"{checkpoint!r} does not work in words: it was trained for {sorted(model.config.abilities)}.")
     if thinks and model.config.abilities is not None and "interleaved" not in model.config.abilities:
         raise ValueError(f"{checkpoint!r} does not think: it was trained for {sorted(model.config.abilities)}.")
     size, *other_sizes = _sizes(model)
@@ -176,7 +179,7 @@ def evaluate_scenes(
     if captions and (model.config.abilities is None or "caption" in model.config.abilities):
         result["captions"] = score_captions(model, processor, captions, seed=seed)
     if tests:
-        tested = Tested(model, processor, size, tests, seed, thinks=thinks)
+        tested = Tested(model, processor, size, tests, seed, thinks=thinks, in_words=in_words)
         result["abilities"] = {f"{size[0]}x{size[1]}": score_abilities(tested)}
         if {SIGN_SIZE, DOCUMENT_SIZE} <= {size, *other_sizes}:
             result["abilities"]["words"] = score_words(tested)
@@ -188,6 +191,7 @@ def evaluate_scenes(
         "captions": captions,
         "tests": tests,
         "thinks": thinks,
+        "in_words": in_words,
     }
     return result
 

@@ -17,7 +17,7 @@ from .rewards import (
 )
 from .sampling import CATEGORIES, SPLITS, sample_scene
 from .signs import ReadSign, Sign, SignReader, draw_sign, render_sign, transcript, words_of_sign
-from .source import QUESTION, READ_QUESTION, SceneRecords, SceneSource, SignSource
+from .source import QUESTION, READ_QUESTION, WHOLE_QUESTION, SceneRecords, SceneSource, SignSource
 from .tasks import TaskRecords
 from .world import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, SceneObject, lattice_for, relation, render
 
@@ -31,6 +31,7 @@ __all__ = [
     "SHAPES",
     "SIZES",
     "SPLITS",
+    "WHOLE_QUESTION",
     "AnswerPrompts",
     "EditPrompts",
     "Facts",

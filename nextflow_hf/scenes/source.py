@@ -8,6 +8,8 @@ from .signs import DOCUMENT_SHARE, Sign, draw_sign, render_sign, transcript, wor
 from .world import Scene, lattice_for, render
 
 QUESTION = "describe the picture"
+# Asks for `captions.tell_all`: everything, with places.
+WHOLE_QUESTION = "describe the picture with places"
 READ_QUESTION = "what is written?"
 
 

@@ -11,6 +11,7 @@ from inspect import signature
 
 import numpy as np
 
+from ..conversations import in_words
 from ..processing.processing_nextflow import THINK_CLOSING, THINK_OPENING
 from .captions import Group, caption, caption_with_places, describe, phrase, tell_all
 from .edits import draw_edit, draw_edits, draw_rule, same_picture
@@ -18,7 +19,7 @@ from .questions import ask_several
 from .riddles import draw_riddle
 from .sampling import FAMILIES, is_trained, orderly_scene, sample_scene
 from .signs import draw_sign, render_sign, transcript, words_of_sign
-from .source import QUESTION, READ_QUESTION
+from .source import QUESTION, READ_QUESTION, WHOLE_QUESTION
 from .stories import THE_END, draw_story, longest_of
 from .world import BACKGROUNDS, PLACES, Scene, lattice_for, named_cells, render
 
@@ -39,10 +40,12 @@ class TaskRecords:
         seed: Different seeds give different records.
         arrangement: How scenes are arranged; see `sample_scene`.
         families: Shares of the kinds of scenes; see `sample_scene`.
+        told: Share of the records that are in words alone, as `conversations.in_words` makes them: descriptions with
+            everything in the place of pictures.
         options: What only this task knows; see the functions of this module.
 
     Raises:
-        ValueError: If there is no such task, or it does not know an option.
+        ValueError: If there is no such task, it does not know an option, or its pictures are not told in words.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class TaskRecords:
         seed: int = 0,
         arrangement: str = "placed",
         families: tuple[float, ...] = FAMILIES,
+        told: float = 0.0,
         **options,
     ):
         if task not in TASKS:
@@ -60,7 +64,9 @@ class TaskRecords:
         known = list(signature(TASKS[task]).parameters)[3:]
         if set(options) - set(known):
             raise ValueError(f"The task {task!r} has the options {known}, not {sorted(set(options) - set(known))}.")
-        self.task, self.num_records, self.seed = task, num_records, seed
+        if told and task == "sign":
+            raise ValueError("Pictures of words are not told in words; leave `told` out.")
+        self.task, self.num_records, self.seed, self.told = task, num_records, seed, told
         self.sizes = tuple(map(tuple, np.atleast_2d(size).tolist()))
         self.arrangement, self.families, self.options = arrangement, tuple(families), options
 
@@ -79,7 +85,10 @@ class TaskRecords:
         while True:
             record = TASKS[self.task](rng, scene, size, **self.options)
             if record is not None:
-                messages, images = record
+                messages, shown = record
+                if _chosen(rng, self.told):
+                    messages, shown = in_words(messages, map(tell_all, shown)), []
+                images = [render(own, size) if isinstance(own, Scene) else own for own in shown]
                 return {"id": f"{self.task} {self.seed}.{index}", "messages": messages, "images": images}
 
 
@@ -101,7 +110,7 @@ def _draw(rng, scene, size, wordings: int = 6, places: bool = True):
     """A prompt in several wordings, and the picture. `places`: whether the prompt says where things lie."""
     own = scene()
     tell = caption_with_places if places else caption
-    return [user([tell(own, rng) for _ in range(wordings)]), assistant(IMAGE)], [render(own, size)]
+    return [user([tell(own, rng) for _ in range(wordings)]), assistant(IMAGE)], [own]
 
 
 def _ask(rng, scene, size, questions: int = 5, describes: float = 0.5, thinks: float = 0.0):
@@ -111,14 +120,20 @@ def _ask(rng, scene, size, questions: int = 5, describes: float = 0.5, thinks: f
         one = next(iter(ask_several(own, rng, 1)), None)
         if one is None:
             return None
-        return [user(IMAGE, one.text), assistant(thought_turn(tell_all(own)) + one.answer)], [render(own, size)]
+        return [user(IMAGE, one.text), assistant(thought_turn(tell_all(own)) + one.answer)], [own]
     asked = [(one.text, one.answer) for one in ask_several(own, rng, questions)]
     if rng.random() < describes:
         asked.insert(0, (QUESTION, describe(own)))
     messages = []
     for number, (question, answer) in enumerate(asked):
         messages += [user(*([] if number else [IMAGE]), question), assistant(answer)]
-    return messages, [render(own, size)]
+    return messages, [own]
+
+
+def _describe(rng, scene, size):
+    """A picture, and everything about it."""
+    own = scene()
+    return [user(IMAGE, WHOLE_QUESTION), assistant(tell_all(own))], [own]
 
 
 def _edit(rng, scene, size, thinks: float = 0.0):
@@ -127,7 +142,7 @@ def _edit(rng, scene, size, thinks: float = 0.0):
     if own is None:
         return None
     thought = _thought_of(own.after) if _chosen(rng, thinks) else ()
-    return [user(IMAGE, own.text), assistant(*thought, IMAGE)], [render(own.before, size), render(own.after, size)]
+    return [user(IMAGE, own.text), assistant(*thought, IMAGE)], [own.before, own.after]
 
 
 def _edit_turns(rng, scene, size, turns: int = 3, thinks: float = 0.0):
@@ -141,7 +156,7 @@ def _edit_turns(rng, scene, size, turns: int = 3, thinks: float = 0.0):
         thought = _thought_of(edit.after) if does_think else ()
         weight = {} if number == len(own) else {"weight": 0}
         messages += [user(*([] if messages else [IMAGE]), edit.text), assistant(*thought, IMAGE, **weight)]
-    return messages, [render(own[0].before, size), *(render(edit.after, size) for edit in own)]
+    return messages, [own[0].before, *(edit.after for edit in own)]
 
 
 def _compare(rng, scene, size, thinks: float = 0.0):
@@ -154,7 +169,7 @@ def _compare(rng, scene, size, thinks: float = 0.0):
     answer = NOTHING if same else own.change
     if _chosen(rng, thinks):
         answer = thought_turn(f"first {tell_all(own.before)}. then {tell_all(after)}") + answer
-    return [user(IMAGE, IMAGE, COMPARE_QUESTION), assistant(answer)], [render(own.before, size), render(after, size)]
+    return [user(IMAGE, IMAGE, COMPARE_QUESTION), assistant(answer)], [own.before, after]
 
 
 def _in_context(rng, scene, size, examples: int = 2, thinks: float = 0.0):
@@ -165,7 +180,7 @@ def _in_context(rng, scene, size, examples: int = 2, thinks: float = 0.0):
     # An example in which nothing changes shows nothing.
     if not all(map(is_trained, afters)) or any(map(same_picture, befores, afters)):
         return None
-    pairs = [render(own, size) for pair in zip(befores, afters) for own in pair]
+    pairs = [own for pair in zip(befores, afters) for own in pair]
     thought = _thought_of(afters[-1], rule.words) if _chosen(rng, thinks) else ()
     return [user(*[IMAGE] * (2 * examples + 1), EXAMPLE_PROMPT), assistant(*thought, IMAGE)], pairs
 
@@ -182,7 +197,7 @@ def _subject(rng, scene, size, thinks: float = 0.0):
         return None
     thought = _thought_of(own) if _chosen(rng, thinks) else ()
     messages = [user(IMAGE, ask_for_subject(own)), assistant(*thought, IMAGE)]
-    return messages, [render(reference, size), render(own, size)]
+    return messages, [reference, own]
 
 
 def draw_reference(scene: Scene, rng: np.random.Generator) -> Scene:
@@ -216,8 +231,8 @@ def _think(rng, scene, size, thinks: float = 0.75):
         return None
     prompt = user(own.text)
     if rng.random() < thinks:
-        return [prompt, assistant(thought_turn(own.thought), IMAGE)], [render(picture, size)]
-    return [prompt, assistant(IMAGE)], [render(picture, size)]
+        return [prompt, assistant(thought_turn(own.thought), IMAGE)], [picture]
+    return [prompt, assistant(IMAGE)], [picture]
 
 
 def thought_turn(thought: str) -> str:
@@ -240,7 +255,7 @@ def _story(rng, scene, size, frames: int = 5, kind: str = "story"):
     longest = min(frames, longest_of(kind, lattice_for(size)))
     own = draw_story(rng, int(rng.integers(2, longest + 1)), lattice_for(size), kind=kind)
     parts = [part for text in own.texts for part in (text, IMAGE)]
-    return [user(own.prompt), assistant(*parts, THE_END)], [render(one, size) for one in own.scenes]
+    return [user(own.prompt), assistant(*parts, THE_END)], [one for one in own.scenes]
 
 
 def _sign(rng, scene, size, reads: float = 0.35, documents: float = 0.25):
@@ -254,6 +269,7 @@ def _sign(rng, scene, size, reads: float = 0.35, documents: float = 0.25):
 TASKS: dict[str, Callable] = {
     "draw": _draw,
     "ask": _ask,
+    "describe": _describe,
     "edit": _edit,
     "edit_turns": _edit_turns,
     "compare": _compare,

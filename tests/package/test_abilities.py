@@ -20,13 +20,13 @@ CONFIG = SimpleNamespace(abilities=None, schedule=SimpleNamespace(downsample=8))
 class Copying(abilities.Tested):
     """Draws the last picture that it was shown, and answers with the last words that were said; thinks nothing."""
 
-    def draw(self, conversations, **sampling):
+    def draw(self, conversations, way="", **sampling):
         return [
             [part["image"] for turn in own for part in turn["content"] if part["type"] == "image"][-1]
             for own in conversations
         ]
 
-    def answer(self, conversations):
+    def answer(self, conversations, way=""):
         return [own[-1]["content"][-1]["text"] for own in conversations]
 
     def think(self, conversations):
@@ -38,7 +38,7 @@ class Told(abilities.Tested):
 
     answers: list = []
 
-    def draw(self, conversations, **sampling):
+    def draw(self, conversations, way="", **sampling):
         return self.answers
 
     def think(self, conversations):
@@ -50,9 +50,10 @@ class Told(abilities.Tested):
 class Thinking(Told):
     """Draws rightly after a thought, and in the wrong order at once."""
 
-    def draw(self, conversations, **sampling):
-        assert all(own[-1]["content"][0]["text"] == EMPTY_THOUGHT for own in conversations if len(own) % 2 == 0)
-        return self.answers if len(conversations[0]) % 2 == 0 else self.answers[::-1]
+    def draw(self, conversations, way="", **sampling):
+        asked = self.begun(conversations, way)
+        assert all(own[-1]["content"][0]["text"] == EMPTY_THOUGHT for own in asked if len(own) % 2 == 0)
+        return self.answers if len(asked[0]) % 2 == 0 else self.answers[::-1]
 
 
 def build(kind, number=28, thinks=False):

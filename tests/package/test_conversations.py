@@ -1,0 +1,110 @@
+"""Conversations in words: what becomes of their pictures, and what a model makes of them."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nextflow_hf import inference
+from nextflow_hf.conversations import in_words
+from nextflow_hf.inference import answer_in_words, assistant, draw, draw_in_words, edit_picture, load, look, user
+from nextflow_hf.scenes import Referee, Scene, SceneObject, TaskRecords, facts_match, parse, render
+
+PICTURE = Image.fromarray(
+    render(Scene((SceneObject("circle", "red", "small", (1, 0)), SceneObject("star", "blue", "large", (0, 2)))))
+)
+EDIT = [user(PICTURE, "make the circle green")]
+
+
+@pytest.fixture
+def mini(monkeypatch):
+    model, processor = load("mini")
+    # Whatever it was trained for.
+    monkeypatch.setattr(model.config, "abilities", None)
+    return model, processor
+
+
+def texts(conversation):
+    return ["".join(part["text"] for part in turn["content"]) for turn in conversation]
+
+
+def test_words_take_the_places_of_pictures():
+    talk = [
+        {"role": "system", "content": "draw well"},
+        user(PICTURE, "make it blue"),
+        assistant("here it is: ", PICTURE),
+        user("what changed from ", PICTURE, "?"),
+    ]
+    told = in_words(talk, ["a red star", "a blue star", "a star"])
+    assert texts(told) == [
+        "draw well",
+        "a picture of a red star. make it blue",
+        "here it is: a blue star",
+        "what changed from a picture of a star. ?",
+    ]
+    assert [turn["role"] for turn in told] == [turn["role"] for turn in talk]
+    assert in_words([user("a red star")], []) == [user("a red star")]
+
+
+@pytest.mark.parametrize(("descriptions", "message"), [([], "more pictures"), (["one", "two"], "fewer pictures")])
+def test_every_picture_needs_its_description(descriptions, message):
+    with pytest.raises(ValueError, match=message):
+        in_words(EDIT, descriptions)
+
+
+@pytest.mark.parametrize("task", ["edit", "edit_turns", "compare", "in_context", "subject", "ask"])
+def test_told_records_are_those_of_pictures_in_words(task):
+    referee = Referee((4, 4))
+    for shown, told in zip(TaskRecords(task, num_records=8, seed=5), TaskRecords(task, num_records=8, seed=5, told=1.0)):
+        assert told["images"] == [] and len(told["messages"]) == len(shown["messages"])
+        pictures = iter(shown["images"])
+        for turn, own in zip(shown["messages"], told["messages"]):
+            for part, words in zip(turn["content"], own["content"], strict=True):
+                if part["type"] == "text":
+                    assert words == part
+                    continue
+                text = words["text"].removeprefix("a picture of ").removesuffix(". ")
+                assert (own["role"] == "user") == (text != words["text"])
+                assert facts_match(parse(text), referee.look(next(pictures)))
+
+
+def test_words_in_pictures_are_not_told():
+    with pytest.raises(ValueError, match="not told in words"):
+        TaskRecords("sign", told=0.5)
+
+
+def test_everything_is_described_with_places():
+    for record in TaskRecords("describe", num_records=6, seed=6):
+        question, said = record["messages"]
+        assert question["content"][1]["text"] == "describe the picture with places"
+        facts = parse(said["content"][0]["text"])
+        assert all(group.size and group.color and group.place for group in facts.groups) and facts.background
+        assert facts_match(facts, Referee((4, 4)).look(record["images"][0]))
+
+
+def test_drawing_in_words_is_looking_thinking_and_drawing(mini):
+    (told,) = look(*mini, [EDIT])
+    assert texts(told)[0].startswith("a picture of ") and texts(told)[0].endswith("make the circle green")
+    (prompt,) = answer_in_words(*mini, [EDIT])
+    assert prompt == inference.answer(*mini, [told])[0].strip()
+    (picture,) = draw_in_words(*mini, [EDIT], [3], image_size=(64, 64))
+    (again,) = draw(*mini, [[user(prompt)]], [3], image_size=(64, 64))
+    assert np.array_equal(picture, again)
+    assert np.array_equal(picture, edit_picture(*mini, PICTURE, "make the circle green", seed=3, in_words=True))
+
+
+def test_the_draft_that_reads_most_like_its_prompt_is_kept(mini, monkeypatch):
+    prompts = ["a small red circle", "a large blue star"]
+    monkeypatch.setattr(inference, "answer_in_words", lambda *args, **kwargs: prompts)
+    said = iter([["a small red square", "a large blue star"], ["a small red circle", "a small star"]])
+    monkeypatch.setattr(inference, "answer", lambda *args, **kwargs: next(said))
+    kept = draw_in_words(*mini, [EDIT, EDIT], [3, 4], drafts=2, image_size=(64, 64))
+    # The second draft of a prompt has a seed of its own.
+    drafts = draw(*mini, [[user(own)] for own in prompts], [3 + 1_000_003, 4], image_size=(64, 64))
+    assert all(np.abs(np.asarray(own, int) - np.asarray(draft, int)).max() <= 1 for own, draft in zip(kept, drafts))
+
+
+def test_mistakes_are_refused(mini):
+    with pytest.raises(ValueError, match="At least one draft"):
+        draw_in_words(*mini, [EDIT], [3], drafts=0)
+    with pytest.raises(ValueError, match="draws the whole picture anew"):
+        edit_picture(*mini, PICTURE, "make the circle green", mask=Image.new("L", (64, 64), 255), in_words=True)
