@@ -22,6 +22,8 @@ MINI_WORDS = str(_checkpoints / "nextflow-mini-words")
 BUNDLED = {"mini": MINI, "mini-words": MINI_WORDS}
 REFINERS = {"mini": str(_checkpoints / "nextflow-mini-refiner")}
 """Bundled refiners of what the bundled checkpoints draw."""
+ADAPTERS = {"mini": str(_checkpoints / "nextflow-mini-look")}
+"""Bundled adapters with which bundled checkpoints look and think in words."""
 
 _EXPORTS = {
     "NextFlowConfig": "modeling.configuration_nextflow",
@@ -41,7 +43,7 @@ _EXPORTS = {
     "NextFlowImageProcessor": "processing.image_processing_nextflow",
     "NextFlowImageProcessorPil": "processing.image_processing_pil_nextflow",
 }
-__all__ = ["BUNDLED", "MINI", "MINI_WORDS", "REFINERS", "register", *_EXPORTS]
+__all__ = ["ADAPTERS", "BUNDLED", "MINI", "MINI_WORDS", "REFINERS", "register", *_EXPORTS]
 
 
 def __getattr__(name: str):

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .inference import answer, answer_in_words, assistant, draw, draw_in_words, tell, think, user
+from .in_words import answer_in_words, draw_in_words
+from .inference import answer, assistant, draw, tell, think, user
 from .intervals import interval
 from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from .processing.processing_nextflow import NextFlowProcessor
@@ -64,7 +65,7 @@ class Tested:
         seed: Seed of the tests and of what is drawn.
         split: Which combinations the tests show.
         thinks: Whether what concerns pictures is scored after a thought as well, beside what is done at once.
-        in_words: Whether it is scored in words as well ([`inference.draw_in_words`] with four drafts).
+        in_words: Whether it is scored in words as well ([`in_words.draw_in_words`] with four drafts).
     """
 
     model: NextFlowForConditionalGeneration

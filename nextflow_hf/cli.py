@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "--think", action="store_true", help="let the model write down first what it sees, if it was trained to"
     )
     describe.add_argument("--in-words", action="store_true", help="answer from the model's own description alone")
+    describe.add_argument("--adapter", help="with --in-words: folder or Hub id of an adapter for it (mini has its own)")
     describe.add_argument("--checkpoint", default="mini")
     describe.set_defaults(run=_describe)
 
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "--think", action="store_true", help="let the model write down first what to draw, if it was trained to"
     )
     edit.add_argument("--in-words", action="store_true", help="describe the picture, change the words, draw it anew")
+    edit.add_argument("--adapter", help="with --in-words: folder or Hub id of an adapter for it (mini has its own)")
     edit.add_argument("--drafts", type=int, help="with --in-words: draw so many, keep what is read most as meant (1)")
     edit.add_argument("--output", type=Path, default=Path("edited.png"))
     edit.add_argument("--seed", type=int, default=0)
@@ -251,14 +253,19 @@ def _refining(args: argparse.Namespace, model, settings: dict):
 def _describe(args: argparse.Namespace) -> None:
     from PIL import Image
 
-    from .inference import answer, answer_in_words, assistant, load, think, user
+    from .inference import answer, assistant, load, think, user
 
     if args.think and args.in_words:
         raise ValueError("Give --think or --in-words, not both.")
+    if args.adapter is not None and not args.in_words:
+        raise ValueError("--adapter goes with --in-words.")
     picture = Image.open(args.picture)
     model, processor = load(args.checkpoint)
     conversation = [user(picture, args.question)]
     if args.in_words:
+        from .in_words import answer_in_words
+
+        _add_adapter(model, args)
         print(*answer_in_words(model, processor, [conversation]))
         return
     if args.think:
@@ -278,6 +285,8 @@ def _edit(args: argparse.Namespace) -> None:
         raise ValueError("--in-words draws the whole picture anew: leave out --think, --mask and --size.")
     if args.drafts is not None and (not args.in_words or args.drafts < 1):
         raise ValueError(f"--drafts is a number of 1 and more that goes with --in-words, got {args.drafts}.")
+    if args.adapter is not None and not args.in_words:
+        raise ValueError("--adapter goes with --in-words.")
     if args.output.suffix.lower() != ".png":
         raise ValueError(f"--output is a PNG file, got {args.output.name!r}.")
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -287,12 +296,28 @@ def _edit(args: argparse.Namespace) -> None:
     if args.size is not None:
         check_trained_size(model, args.size)
         picture, mask = place_on_canvas(picture, args.size)
-    ways = {"enable_thinking": args.think, "in_words": args.in_words}
-    if args.drafts is not None:
-        ways["drafts"] = args.drafts
-    edited = edit_picture(model, processor, picture, args.instruction, mask, args.seed, **ways, **_sampling(args))
+    if args.in_words:
+        from .in_words import edit_in_words
+
+        _add_adapter(model, args)
+        drafts = 1 if args.drafts is None else args.drafts
+        edited = edit_in_words(model, processor, picture, args.instruction, args.seed, drafts, **_sampling(args))
+    else:
+        edited = edit_picture(
+            model, processor, picture, args.instruction, mask, args.seed, enable_thinking=args.think, **_sampling(args)
+        )
     save_picture(edited, args.output)
     print(args.output)
+
+
+def _add_adapter(model, args: argparse.Namespace) -> None:
+    """The adapter for words: the one that is asked for, or that of a bundled checkpoint."""
+    from . import ADAPTERS
+    from .in_words import add_adapter
+
+    adapter = args.adapter or (args.checkpoint if args.checkpoint in ADAPTERS else None)
+    if adapter is not None:
+        add_adapter(model, adapter)
 
 
 def _story(args: argparse.Namespace) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 import transformers
 
-from . import BUNDLED, __version__
+from . import ADAPTERS, BUNDLED, __version__
 from .abilities import Tested, score_abilities, score_words, shows
+from .in_words import add_adapter
 from .inference import describe_pictures, draw_prompts, load
 from .intervals import interval, resample, summarize
 from .modeling.configuration_nextflow import NextFlowVQConfig
@@ -157,7 +158,9 @@ def evaluate_scenes(
         ValueError: If a checkpoint that does not think, or goes on from no words alone, is to do so.
     """
     model, processor = load(checkpoint)
-    if in_words and model.config.abilities is not None and "text" not in model.config.abilities:
+    if in_words and checkpoint in ADAPTERS:
+        add_adapter(model, checkpoint)
+    elif in_words and model.config.abilities is not None and "text" not in model.config.abilities:
         raise ValueError(f"{checkpoint!r} does not work in words: it was trained for {sorted(model.config.abilities)}.")
     if thinks and model.config.abilities is not None and "interleaved" not in model.config.abilities:
         raise ValueError(f"{checkpoint!r} does not think: it was trained for {sorted(model.config.abilities)}.")

@@ -3,8 +3,6 @@ evaluation share."""
 
 import math
 from collections.abc import Callable, Sequence
-from difflib import SequenceMatcher
-from functools import partial
 
 import numpy as np
 import torch
@@ -13,12 +11,11 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForMultimodalLM, AutoProcessor, BatchFeature
 
 from . import BUNDLED
-from .conversations import in_words as tell_in_words
 from .modeling.generation_nextflow import NextFlowImageOutput
 from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from .processing.image_processing_base_nextflow import to_rgb
 from .processing.processing_nextflow import THINK_CLOSING, THINK_OPENING, NextFlowProcessor
-from .scenes import QUESTION, WHOLE_QUESTION
+from .scenes import QUESTION
 
 Conversation = list[dict]
 # From this level on a mask is white: a lossy file has greys around what was drawn white.
@@ -222,89 +219,6 @@ def draw_prompts(
     return draw(model, processor, [[user(text)] for text in prompts], seeds, batch_size, **sampling)
 
 
-# ---- in words --------------------------------------------------------------------------------------------------------
-
-
-def look(
-    model: NextFlowForConditionalGeneration,
-    processor: NextFlowProcessor,
-    conversations: Sequence[Conversation],
-    batch_size: int = 64,
-    resolution: int | None = None,
-    question: str = WHOLE_QUESTION,
-) -> list[Conversation]:
-    """Conversations in words ([`conversations.in_words`]): the model describes each of their pictures by itself.
-
-    `question` asks for everything that a picture shows.
-    """
-    shown = [_pictures(own) for own in conversations]
-    ask = {"type": "text", "text": question}
-    asked = [[{"role": "user", "content": [part, ask]}] for parts in shown for part in parts]
-    said = iter(answer(model, processor, asked, batch_size, resolution))
-    return [tell_in_words(own, [next(said).strip() for _ in parts]) for own, parts in zip(conversations, shown)]
-
-
-def answer_in_words(
-    model: NextFlowForConditionalGeneration,
-    processor: NextFlowProcessor,
-    conversations: Sequence[Conversation],
-    batch_size: int = 64,
-    resolution: int | None = None,
-    max_new_tokens: int = 80,
-) -> list[str]:
-    """Answers as by [`answer`] to conversations in which the model has first put its own words for pictures.
-
-    What would be answered by a picture is answered by its prompt.
-    """
-    told = look(model, processor, conversations, batch_size, resolution)
-    return [own.strip() for own in answer(model, processor, told, batch_size, max_new_tokens=max_new_tokens)]
-
-
-def draw_in_words(
-    model: NextFlowForConditionalGeneration,
-    processor: NextFlowProcessor,
-    conversations: Sequence[Conversation],
-    seeds: Sequence[int],
-    batch_size: int = 64,
-    resolution: int | None = None,
-    drafts: int = 1,
-    **sampling,
-) -> list[Image.Image]:
-    """Pictures as by [`draw`], from words alone: looked at and thought about in words, drawn from the resulting prompt.
-
-    Nothing of a given picture reaches the new one but what the model says of it. With `drafts`, so many are drawn of
-    each prompt, the model looks at them, and the one that it describes most like the prompt is kept.
-
-    Raises:
-        ValueError: If there is less than one draft.
-    """
-    if drafts < 1:
-        raise ValueError(f"At least one draft is drawn of each picture, got drafts={drafts}.")
-    prompts = answer_in_words(model, processor, conversations, batch_size, resolution)
-    pictures = []
-    for first in range(0, len(prompts), batch_size):
-        chosen = slice(first, first + batch_size)
-        if drafts > 1:
-            scorer = partial(_likeness, model, processor, prompts[chosen], resolution)
-            sampling = {**sampling, "best_of": drafts, "scorer": scorer}
-        asked = [[user(own)] for own in prompts[chosen]]
-        pictures += draw(model, processor, asked, seeds[chosen], batch_size, resolution, **sampling)
-    return pictures
-
-
-def _likeness(model, processor, prompts: list[str], resolution: int | None, pictures: list[torch.Tensor]) -> list[float]:
-    """Of pictures in [-1, 1], how much of the words of each prompt and of the model's description are shared."""
-    shown = [Image.fromarray(((own + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()) for own in pictures]
-    asked = [[user(own, WHOLE_QUESTION)] for own in shown]
-    said = answer(model, processor, asked, resolution=resolution)
-    return [SequenceMatcher(None, one.split(), own.split(), False).ratio() for one, own in zip(prompts, said)]
-
-
-def _pictures(conversation: Conversation) -> list[dict]:
-    contents = [turn["content"] for turn in conversation if not isinstance(turn["content"], str)]
-    return [part for content in contents for part in content if "text" not in part]
-
-
 def describe_pictures(
     model: NextFlowForConditionalGeneration,
     processor: NextFlowProcessor,
@@ -324,7 +238,6 @@ def edit_picture(
     mask: Image.Image | None = None,
     seed: int = 0,
     enable_thinking: bool = False,
-    in_words: bool = False,
     **sampling,
 ) -> Image.Image:
     """Change a picture by an instruction.
@@ -339,18 +252,11 @@ def edit_picture(
             black. Pixels further from it than one cell of the finest scale are kept exactly.
         seed: Seed of what is drawn.
         enable_thinking: Whether the model first writes down what is to be drawn.
-        in_words: Whether the picture is described, changed in words and drawn anew ([`draw_in_words`]).
-        sampling: Goes to `generate`, or with `in_words` to [`draw_in_words`].
+        sampling: Goes to `generate`.
 
     Raises:
-        ValueError: If the mask has another size than the picture, or nothing white is left of it; or if a change in
-            words has a mask or `enable_thinking` beside it.
+        ValueError: If the mask has another size than the picture, or nothing white is left of it.
     """
-    if in_words and (mask is not None or enable_thinking):
-        raise ValueError(
-            "A change in words draws the whole picture anew and is thought about already: give `in_words`, or "
-            "`mask` and `enable_thinking`."
-        )
     picture = to_rgb(picture)
     if mask is not None:
         if mask.size != picture.size:
@@ -365,11 +271,6 @@ def edit_picture(
     picture = fit_to_trained(model, picture)
     resolution = own_resolution(model, picture)
     conversation = [user(picture, instruction)]
-    if in_words:
-        size = (picture.height, picture.width)
-        return draw_in_words(
-            model, processor, [conversation], [seed], resolution=resolution, **{"image_size": size, **sampling}
-        )[0]
     if enable_thinking:
         conversation.append(assistant(*think(model, processor, [conversation], resolution=resolution)))
     inputs = prepare(processor, [conversation], resolution).to(model.device)

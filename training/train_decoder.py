@@ -125,7 +125,7 @@ def train_decoder(recipe: Recipe) -> None:
     """Train the decoder on a frozen tokenizer.
 
     `init_from`: `tokenizer` (text), `vq`, and `decoder` to go on from, whatever text tokens and codes it had (but under
-    `fsdp_size`). What it trains on is either `data` (extracted datasets, mixed by weight) or a `source` of pictures of
+    `fsdp_size`); `adapter`, a LoRA of that decoder, to train it further. What it trains on is either `data` (extracted datasets, mixed by weight) or a `source` of pictures of
     one size.
     `stage_args`:
 
@@ -219,18 +219,25 @@ def train_decoder(recipe: Recipe) -> None:
     model.config.trained_image_sizes = [
         list(size) for size in sorted(image_sizes, key=lambda size: (size != image_size, size))
     ] or None
-    if "lora" in stage:
-        from peft import LoraConfig, get_peft_model
-
-        # Settings of the model itself are made by now: merging gives it back.
-        model = get_peft_model(model, LoraConfig(**stage["lora"]))
+    # Settings of the model itself are made by now: merging gives it back.
+    has_adapter = "lora" in stage or "adapter" in recipe.init_from
+    if has_adapter:
+        model = _with_adapter(model, recipe)
     samples = SampleGridCallback(builder, stage.get("sample_prompts", []), image_size, stage.get("sample_every", 0))
     model = run_stage(recipe, model, dataset, collate, _output_of, [samples, *text_rows])
-    if "lora" in stage:
+    if has_adapter:
         save_whole(Path(recipe.output_dir) / "adapter", model.save_pretrained)
         model = model.merge_and_unload()
     model.requires_grad_(True)
     save_whole(Path(recipe.output_dir) / "final", partial(_save, model, tokenizer), sharded="fsdp_size" in stage)
+
+
+def _with_adapter(model: NextFlowForConditionalGeneration, recipe: Recipe):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if "adapter" not in recipe.init_from:
+        return get_peft_model(model, LoraConfig(**recipe.stage_args["lora"]))
+    return PeftModel.from_pretrained(model, recipe.init_from["adapter"], is_trainable=True)
 
 
 def _listed(sizes: list, found: set[tuple[int, int]]) -> set[tuple[int, int]]:

@@ -255,7 +255,7 @@ def _story(rng, scene, size, frames: int = 5, kind: str = "story"):
     longest = min(frames, longest_of(kind, lattice_for(size)))
     own = draw_story(rng, int(rng.integers(2, longest + 1)), lattice_for(size), kind=kind)
     parts = [part for text in own.texts for part in (text, IMAGE)]
-    return [user(own.prompt), assistant(*parts, THE_END)], [one for one in own.scenes]
+    return [user(own.prompt), assistant(*parts, THE_END)], list(own.scenes)
 
 
 def _sign(rng, scene, size, reads: float = 0.35, documents: float = 0.25):

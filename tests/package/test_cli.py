@@ -56,15 +56,35 @@ def test_describe(tmp_path, capsys):
     assert len(capsys.readouterr().out.split()) > 2
     assert main(["describe", str(tmp_path / "scene.png"), "--question", "how many objects are there?", "--think"]) == 0
     assert "\n</think>\n" in capsys.readouterr().out
+    asked = ["describe", str(tmp_path / "scene.png"), "--question", "what color is the background?", "--in-words"]
+    assert main(asked) == 0
+    assert capsys.readouterr().out.strip() == source.scene(0).background
+    assert main([*asked, "--think"]) == 2
+    assert "not both" in capsys.readouterr().err
 
 
 def test_an_edit_may_be_thought_through(tmp_path, capsys):
     source = nextflow_hf.scenes.SceneSource((64, 64), 1, seed=2)
     Image.fromarray(source.image(0)).save(tmp_path / "scene.png")
     edit = ["edit", str(tmp_path / "scene.png"), "make the background black"]
-    for name, more in (("at-once", []), ("thought", ["--think"])):
+    ways = {"at-once": [], "thought": ["--think"], "words": ["--in-words"], "drafts": ["--in-words", "--drafts", "2"]}
+    for name, more in ways.items():
         assert main([*edit, *more, "--output", str(tmp_path / f"{name}.png")]) == 0
         assert Image.open(tmp_path / f"{name}.png").size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--in-words", "--think"], "draws the whole picture anew"),
+        (["--in-words", "--size", "48x80"], "draws the whole picture anew"),
+        (["--drafts", "2"], "goes with --in-words"),
+        (["--in-words", "--drafts", "0"], "1 and more"),
+    ],
+)
+def test_edits_that_do_not_go_together_are_refused_before_anything_is_read(more, message, capsys):
+    assert main(["edit", "missing.png", "make the circle blue", *more]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_settings_of_a_recipe_may_stand_behind_options(monkeypatch):
@@ -124,6 +144,8 @@ def test_evaluate_refuses_before_anything_is_drawn_and_may_leave_captions_out(tm
     monkeypatch.setattr("nextflow_hf.evaluation.load", lambda checkpoint: (model, processor))
     assert main(["evaluate", "scenes", "--think"]) == 2
     assert "does not think" in capsys.readouterr().err
+    assert main(["evaluate", "scenes", "--in-words"]) == 2
+    assert "does not work in words" in capsys.readouterr().err
 
 
 def test_words_are_evaluated_as_the_checkpoint_samples_or_as_asked(tmp_path, capsys):
@@ -144,6 +166,7 @@ def test_words_are_evaluated_as_the_checkpoint_samples_or_as_asked(tmp_path, cap
     [
         (["--captions", "5"], "does not take --captions"),
         (["--think"], "does not take --think"),
+        (["--in-words"], "does not take --in-words"),
         (["--judge-model", "m"], "benchmarks do"),
         (["--tests", "0"], "At least one word"),
         (["--output", "{tmp}"], "is a folder"),

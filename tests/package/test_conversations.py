@@ -54,7 +54,8 @@ def test_every_picture_needs_its_description(descriptions, message):
 @pytest.mark.parametrize("task", ["edit", "edit_turns", "compare", "in_context", "subject", "ask"])
 def test_told_records_are_those_of_pictures_in_words(task):
     referee = Referee((4, 4))
-    for shown, told in zip(TaskRecords(task, num_records=8, seed=5), TaskRecords(task, num_records=8, seed=5, told=1.0)):
+    records = TaskRecords(task, num_records=8, seed=5), TaskRecords(task, num_records=8, seed=5, told=1.0)
+    for shown, told in zip(*records):
         assert told["images"] == [] and len(told["messages"]) == len(shown["messages"])
         pictures = iter(shown["images"])
         for turn, own in zip(shown["messages"], told["messages"]):
