@@ -8,8 +8,8 @@ the tests.
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -64,8 +64,9 @@ class Tested:
         number: Tests of each ability.
         seed: Seed of the tests and of what is drawn.
         split: Which combinations the tests show.
-        thinks: Whether what concerns pictures is scored after a thought as well, beside what is done at once.
-        in_words: Whether it is scored in words as well ([`in_words.draw_in_words`] with four drafts).
+        ways: How what concerns pictures is scored, as ends of the scores' names: at once (""), `AFTER_A_THOUGHT`, or
+            `IN_WORDS` ([`in_words.draw_in_words`] with four drafts).
+        sampling: Goes to `generate` where pictures are drawn.
     """
 
     model: NextFlowForConditionalGeneration
@@ -74,8 +75,8 @@ class Tested:
     number: int = 200
     seed: int = 0
     split: str = "test"
-    thinks: bool = False
-    in_words: bool = False
+    ways: tuple[str, ...] = ("",)
+    sampling: Mapping = field(default_factory=dict)
 
     @property
     def lattice(self) -> tuple[int, int]:
@@ -104,15 +105,10 @@ class Tested:
         """A scene's picture."""
         return Image.fromarray(render(scene, self.size))
 
-    @property
-    def ways(self) -> list[str]:
-        """How what concerns pictures is scored: at once (""), and beside it the ends of the scores' names."""
-        return ["", *([AFTER_A_THOUGHT] if self.thinks else []), *([IN_WORDS] if self.in_words else [])]
-
     def draw(self, conversations: Sequence[list[dict]], way: str = "", **sampling) -> list[Image.Image]:
         """The pictures that answer conversations, in one of `ways`."""
         seeds = [self.seed + index for index in range(len(conversations))]
-        settings = {"resolution": self.resolution, "image_size": self.size, **sampling}
+        settings = {"resolution": self.resolution, "image_size": self.size, **self.sampling, **sampling}
         if way == IN_WORDS:
             return draw_in_words(self.model, self.processor, conversations, seeds, drafts=_DRAFTS, **settings)
         return draw(self.model, self.processor, self.begun(conversations, way), seeds, **settings)
@@ -449,6 +445,13 @@ SCORES: dict[str, tuple[Callable, ...]] = {
     "edit": (score_edits, score_conversations, score_masks, score_examples, score_subjects),
     "interleaved": (score_thinking, score_stories, score_instructions, score_films),
 }
+
+
+# What can be done by way of words.
+SCORES_IN_WORDS = (
+    *(score_questions, score_comparison, score_edits),
+    *(score_conversations, score_examples, score_subjects),
+)
 
 
 def score_abilities(tested: Tested) -> dict:

@@ -9,19 +9,20 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from . import BUNDLED, REFINERS, NextFlowRefinerPipeline
-from .evaluation import evaluate_scenes, evaluate_words, table
+from . import ADAPTERS, BUNDLED, REFINERS, NextFlowRefinerPipeline
+from .evaluation import evaluate_in_words, evaluate_scenes, evaluate_words, table
 from .inference import load
-from .model_card import model_card, refiner_card, words_card
+from .model_card import adapter_card, model_card, refiner_card, words_card
 from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from .modeling.modeling_nextflow_vq import NextFlowVQModel
 from .refining import load_refiner
 from .training.stage_trainer import save_whole
 from .training.train_decoder import processor_for
 
-MAX_BYTES, MAX_REFINER_BYTES = 40 * 10**6, 12 * 10**6
+MAX_BYTES, MAX_REFINER_BYTES, MAX_ADAPTER_BYTES = 40 * 10**6, 12 * 10**6, 10 * 10**6
 # What drawing may lose where other scores rise.
 MAX_DRAWING_LOSS = 0.02
 _LOG = "training_log.json"
@@ -175,6 +176,46 @@ def bundle_refiner(run: Path, name: str) -> Path:
     return target
 
 
+def bundle_adapter(run: Path, name: str, **evaluation) -> dict:
+    """Put an adapter's run into the box: its weights in half precision, its log, its scores and its card.
+
+    Args:
+        run: Folder of the run.
+        name: A name of `ADAPTERS`: the checkpoint that it was trained for. What is there is replaced only by a better
+            one ([`check_better`]).
+        evaluation: Arguments of `evaluate_in_words`.
+
+    Returns:
+        The scores.
+
+    Raises:
+        ValueError: If it is too large, or scores no better than the one that is there.
+    """
+    target, candidate = Path(ADAPTERS[name]), run / "candidate"
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = f"nextflow-{name}"
+    weights = load_file(run / "adapter" / "adapter_model.safetensors")
+    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
+
+    def save(folder: Path) -> None:
+        halves = {key: own.half().contiguous() for key, own in weights.items()}
+        save_file(halves, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / _LOG).write_text(json.dumps({run.name: log}, indent=1) + "\n")
+        size = sum(path.stat().st_size for path in folder.rglob("*"))
+        if size > MAX_ADAPTER_BYTES:
+            raise ValueError(f"The adapter has {size / 1e6:.1f} MB; {MAX_ADAPTER_BYTES / 1e6:.0f} MB at most.")
+
+    save_whole(candidate, save)
+    result = evaluate_in_words(name, adapter=str(candidate), **evaluation)
+    (candidate / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    if (target / "evaluation.json").is_file():
+        check_better(json.loads((target / "evaluation.json").read_text()), result)
+    (candidate / "README.md").write_text(adapter_card(name, config["r"], result).content)
+    save_whole(target, lambda folder: shutil.copytree(candidate, folder, dirs_exist_ok=True))
+    return result
+
+
 def _halves(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The weights in half precision, as they lie on the disk; the configuration's dtype is that in which they load.
 
@@ -212,11 +253,15 @@ def main() -> None:
     parser.add_argument("decoder", help="name of the run")
     parser.add_argument("--vq", help="name of a run with a better pixel decoder for the same codes")
     parser.add_argument("--refiner", action="store_true", help="the run is a refiner's")
+    parser.add_argument("--adapter", action="store_true", help="the run is an adapter's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.refiner:
         print(bundle_refiner(args.runs / args.decoder, args.name))
+        return
+    if args.adapter:
+        print(table(bundle_adapter(args.runs / args.decoder, args.name)))
         return
     print(table(bundle(args.runs, args.name, args.decoder, args.vq)))
 

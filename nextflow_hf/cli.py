@@ -116,16 +116,18 @@ def _parser() -> argparse.ArgumentParser:
     extract.set_defaults(run=_extract)
 
     evaluate = commands.add_parser("evaluate", help="score a checkpoint")
-    evaluate.add_argument("suite", choices=["scenes", "words", *BENCHMARKS])
+    evaluate.add_argument("suite", choices=["scenes", "in-words", "words", *BENCHMARKS])
     evaluate.add_argument("--checkpoint", default="mini")
     evaluate.add_argument("--prompts", type=int, help="prompts per category of scenes (100)")
     evaluate.add_argument("--images", type=int, help="pictures per prompt (scenes: 4; a benchmark: its own number)")
     evaluate.add_argument("--captions", type=int, help="scenes to describe (500)")
     evaluate.add_argument(
-        "--tests", type=int, help="scenes: of each further ability (200); 0 leaves them out. words: how many (400)"
+        "--tests",
+        type=int,
+        help="scenes: of each further ability (200); 0 leaves them out. in-words: of each (200). words: how many (400)",
     )
     evaluate.add_argument("--think", action="store_true", help="scenes: edits and answers after a thought as well")
-    evaluate.add_argument("--in-words", action="store_true", help="scenes: edits and answers in words as well")
+    evaluate.add_argument("--adapter", help="in-words: folder or Hub id of an adapter for it (mini has its own)")
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument(
         "--output", type=Path, help="scenes, words: JSON file for the scores and all settings; else a folder"
@@ -375,16 +377,17 @@ def _extract(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    taken = {"scenes": _SCENES, "words": {"tests": 400}}.get(args.suite, {"images": None})
+    taken = {"scenes": _SCENES, "in-words": {"tests": 200}, "words": {"tests": 400}}.get(args.suite, {"images": None})
     given = [f"--{name}" for name in _SCENES if name not in taken and getattr(args, name) is not None]
-    switches = [name for name in ("think", "in_words") if getattr(args, name) and args.suite != "scenes"]
-    given += [f"--{name.replace('_', '-')}" for name in switches]
+    given += ["--think"] if args.think and args.suite != "scenes" else []
+    if args.adapter is not None and args.suite != "in-words":
+        raise ValueError(f"`evaluate {args.suite}` does not take --adapter; `evaluate in-words` does.")
     if given:
         raise ValueError(f"`evaluate {args.suite}` does not take {', '.join(given)}; `evaluate scenes` does.")
     if args.suite in BENCHMARKS:
         run_benchmark(args, _sampling(args))
         return
-    from .evaluation import evaluate_scenes, evaluate_words, table
+    from .evaluation import evaluate_in_words, evaluate_scenes, evaluate_words, table
 
     refuse_benchmark_options(args)
     numbers = [default if getattr(args, name) is None else getattr(args, name) for name, default in taken.items()]
@@ -394,9 +397,10 @@ def _evaluate(args: argparse.Namespace) -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
     if args.suite == "words":
         result = evaluate_words(args.checkpoint, *numbers, args.seed, **_sampling(args))
+    elif args.suite == "in-words":
+        result = evaluate_in_words(args.checkpoint, *numbers, args.seed, args.adapter, **_sampling(args))
     else:
-        ways = {"thinks": args.think, "in_words": args.in_words}
-        result = evaluate_scenes(args.checkpoint, *numbers, args.seed, **ways, **_sampling(args))
+        result = evaluate_scenes(args.checkpoint, *numbers, args.seed, args.think, **_sampling(args))
     print(table(result), flush=True)
     if args.output is not None:
         write_whole(args.output, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))

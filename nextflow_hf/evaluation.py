@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from . import ADAPTERS, BUNDLED, __version__
-from .abilities import Tested, score_abilities, score_words, shows
+from .abilities import AFTER_A_THOUGHT, IN_WORDS, SCORES_IN_WORDS, Tested, score_abilities, score_words, shows
 from .in_words import add_adapter
 from .inference import describe_pictures, draw_prompts, load
 from .intervals import interval, resample, summarize
@@ -144,7 +144,6 @@ def evaluate_scenes(
     tests: int = 200,
     seed: int = 0,
     thinks: bool = False,
-    in_words: bool = False,
     **sampling,
 ) -> dict:
     """Everything that is measured of a checkpoint on scenes, with every setting that moves a score.
@@ -152,16 +151,12 @@ def evaluate_scenes(
     The first of the checkpoint's sizes is measured in full; of the others, and of the smaller pictures that its first
     scales are, drawing with one picture a prompt. `tests`
     are those of each further ability ([`abilities`]); 0 leaves them out, and so do 0 `captions`. With `thinks`, what
-    concerns given pictures is scored after a thought as well, with `in_words` in words.
+    concerns given pictures is scored after a thought as well.
 
     Raises:
-        ValueError: If a checkpoint that does not think, or goes on from no words alone, is to do so.
+        ValueError: If a checkpoint that does not think is to do so.
     """
     model, processor = load(checkpoint)
-    if in_words and checkpoint in ADAPTERS:
-        add_adapter(model, checkpoint)
-    elif in_words and model.config.abilities is not None and "text" not in model.config.abilities:
-        raise ValueError(f"{checkpoint!r} does not work in words: it was trained for {sorted(model.config.abilities)}.")
     if thinks and model.config.abilities is not None and "interleaved" not in model.config.abilities:
         raise ValueError(f"{checkpoint!r} does not think: it was trained for {sorted(model.config.abilities)}.")
     size, *other_sizes = _sizes(model)
@@ -182,7 +177,7 @@ def evaluate_scenes(
     if captions and (model.config.abilities is None or "caption" in model.config.abilities):
         result["captions"] = score_captions(model, processor, captions, seed=seed)
     if tests:
-        tested = Tested(model, processor, size, tests, seed, thinks=thinks, in_words=in_words)
+        tested = Tested(model, processor, size, tests, seed, ways=("", AFTER_A_THOUGHT) if thinks else ("",))
         result["abilities"] = {f"{size[0]}x{size[1]}": score_abilities(tested)}
         if {SIGN_SIZE, DOCUMENT_SIZE} <= {size, *other_sizes}:
             result["abilities"]["words"] = score_words(tested)
@@ -194,9 +189,40 @@ def evaluate_scenes(
         "captions": captions,
         "tests": tests,
         "thinks": thinks,
-        "in_words": in_words,
     }
     return result
+
+
+def evaluate_in_words(
+    checkpoint: str, tests: int = 200, seed: int = 0, adapter: str | None = None, split: str = "test", **sampling
+) -> dict:
+    """What concerns given pictures, by way of words ([`in_words`]), with every setting that moves a score.
+
+    `adapter` is one for it; by default the bundled one, where the checkpoint is. `sampling` goes to `generate`.
+
+    Raises:
+        ValueError: If there is no test, or the checkpoint has no adapter and goes on from no words alone.
+    """
+    if tests < 1:
+        raise ValueError(f"At least one test is needed, got tests={tests}.")
+    model, processor = load(checkpoint)
+    adapter = adapter or (checkpoint if checkpoint in ADAPTERS else None)
+    if adapter is not None:
+        add_adapter(model, adapter)
+    elif model.config.abilities is not None and "text" not in model.config.abilities:
+        raise ValueError(f"{checkpoint!r} does not work in words: it was trained for {sorted(model.config.abilities)}.")
+    size = _first_size(model)
+    tested = Tested(model, processor, size, tests, seed, split, ways=(IN_WORDS,), sampling=sampling)
+    scores = {name: own for score in SCORES_IN_WORDS for name, own in score(tested).items()}
+    return {
+        "abilities": {f"{size[0]}x{size[1]}": scores},
+        "settings": {
+            **_settings(model, checkpoint, seed, sampling, split),
+            "adapter_sha256": None if adapter is None else weights_hash(ADAPTERS.get(adapter, adapter)),
+            "image_size": list(size),
+            "tests": tests,
+        },
+    }
 
 
 def evaluate_words(checkpoint: str, tests: int = 400, seed: int = 0, split: str = "test", **sampling) -> dict:

@@ -1,8 +1,8 @@
 """Seeing and editing by way of words: what a model says of pictures takes their place, and text does the rest.
 
-A model describes what it is shown, goes on in text alone, and draws the prompt that the text comes to. An adapter (LoRA)
-may teach it the looking and thinking: it is on for these and off while the model draws, so what the model draws and
-answers at once stays as it is.
+A model describes what it is shown, goes on in text alone, and draws the prompt that the text comes to. An adapter
+(LoRA) may teach it the looking and thinking: it is on for these and off while the model draws, so what the model draws
+and answers at once stays as it is.
 """
 
 from collections.abc import Iterator, Sequence

@@ -241,3 +241,47 @@ def refiner_card(name: str, pipeline) -> ModelCard:
         fingerprint=pipeline.vq_model.fingerprint(),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+_ADAPTER_BODY = """\
+# nextflow-{name}-look
+
+An adapter (LoRA of rank {rank}) for `nextflow-{name}`, an independent open [NextFlow](https://arxiv.org/abs/2601.02204)
+model: with it the model looks and thinks in words. It describes a picture of *scenes* with all places, and edits,
+compares, answers and goes by examples where descriptions stand in the place of pictures. It is on while the model does
+so and off while it draws, so nothing else changes.
+
+```python
+from nextflow_hf.in_words import add_adapter, answer_in_words, edit_in_words
+from nextflow_hf.inference import load, user
+
+model, processor = load("{name}")
+add_adapter(model, "{name}")
+edited = edit_in_words(model, processor, picture, "make the circle blue", seed=7, drafts=4)
+answer_in_words(model, processor, [[user(picture, edited, "what changed?")]])
+```
+
+{table}
+
+All tests show combinations that training never saw; of four drafts of a picture the one is kept that the model itself
+reads most like what it means to draw. Every setting is in `evaluation.json`. Reproduce with
+
+```
+nextflow-hf evaluate in-words --checkpoint {name}
+```
+
+Trained on a CPU with the recipe `mini-look` of the package, on pictures that a program renders and on texts alone;
+`training_log.json` has the losses.
+"""
+
+
+def adapter_card(name: str, rank: int, result: dict) -> ModelCard:
+    """The card of a bundled adapter.
+
+    Args:
+        name: The checkpoint that it is for, one of `ADAPTERS`.
+        rank: Its rank.
+        result: What `evaluate_in_words` measured of it.
+    """
+    data = ModelCardData(license="apache-2.0", library_name="peft", pipeline_tag="any-to-any", tags=["nextflow"])
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_ADAPTER_BODY.format(name=name, rank=rank, table=table(result))}")

@@ -125,8 +125,8 @@ def train_decoder(recipe: Recipe) -> None:
     """Train the decoder on a frozen tokenizer.
 
     `init_from`: `tokenizer` (text), `vq`, and `decoder` to go on from, whatever text tokens and codes it had (but under
-    `fsdp_size`); `adapter`, a LoRA of that decoder, to train it further. What it trains on is either `data` (extracted datasets, mixed by weight) or a `source` of pictures of
-    one size.
+    `fsdp_size`); `adapter`, a LoRA of that decoder, to train it further, as it is. What it trains on is either `data`
+    (extracted datasets, mixed by weight) or a `source` of pictures of one size.
     `stage_args`:
 
     * what is trained: `trained` (first parts of parameter names; everything but the tokenizer where it is missing), or

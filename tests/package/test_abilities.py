@@ -57,7 +57,8 @@ class Thinking(Told):
 
 
 def build(kind, number=28, thinks=False):
-    return kind(SimpleNamespace(config=CONFIG), None, (64, 64), number, seed=3, thinks=thinks)
+    ways = ("", abilities.AFTER_A_THOUGHT) if thinks else ("",)
+    return kind(SimpleNamespace(config=CONFIG), None, (64, 64), number, seed=3, ways=ways)
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,7 @@ def test_an_edit_may_be_thought_through(tmp_path, capsys):
         (["--in-words", "--think"], "draws the whole picture anew"),
         (["--in-words", "--size", "48x80"], "draws the whole picture anew"),
         (["--drafts", "2"], "goes with --in-words"),
+        (["--adapter", "look"], "goes with --in-words"),
         (["--in-words", "--drafts", "0"], "1 and more"),
     ],
 )
@@ -144,7 +145,7 @@ def test_evaluate_refuses_before_anything_is_drawn_and_may_leave_captions_out(tm
     monkeypatch.setattr("nextflow_hf.evaluation.load", lambda checkpoint: (model, processor))
     assert main(["evaluate", "scenes", "--think"]) == 2
     assert "does not think" in capsys.readouterr().err
-    assert main(["evaluate", "scenes", "--in-words"]) == 2
+    assert main(["evaluate", "in-words", "--checkpoint", "a-reader"]) == 2
     assert "does not work in words" in capsys.readouterr().err
 
 
@@ -166,7 +167,7 @@ def test_words_are_evaluated_as_the_checkpoint_samples_or_as_asked(tmp_path, cap
     [
         (["--captions", "5"], "does not take --captions"),
         (["--think"], "does not take --think"),
-        (["--in-words"], "does not take --in-words"),
+        (["--adapter", "look"], "does not take --adapter"),
         (["--judge-model", "m"], "benchmarks do"),
         (["--tests", "0"], "At least one word"),
         (["--output", "{tmp}"], "is a folder"),

@@ -1,12 +1,18 @@
 """Conversations in words: what becomes of their pictures, and what a model makes of them."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from nextflow_hf import inference
+from nextflow_hf import ADAPTERS, MINI
+from nextflow_hf import in_words as way
 from nextflow_hf.conversations import in_words
-from nextflow_hf.inference import answer_in_words, assistant, draw, draw_in_words, edit_picture, load, look, user
+from nextflow_hf.evaluation import weights_hash
+from nextflow_hf.in_words import add_adapter, answer_in_words, draw_in_words, edit_in_words, look, looking
+from nextflow_hf.inference import answer, assistant, draw, load, user
 from nextflow_hf.scenes import Referee, Scene, SceneObject, TaskRecords, facts_match, parse, render
 
 PICTURE = Image.fromarray(
@@ -15,11 +21,10 @@ PICTURE = Image.fromarray(
 EDIT = [user(PICTURE, "make the circle green")]
 
 
-@pytest.fixture
-def mini(monkeypatch):
+@pytest.fixture(scope="module")
+def mini():
     model, processor = load("mini")
-    # Whatever it was trained for.
-    monkeypatch.setattr(model.config, "abilities", None)
+    add_adapter(model, "mini")
     return model, processor
 
 
@@ -86,26 +91,42 @@ def test_drawing_in_words_is_looking_thinking_and_drawing(mini):
     (told,) = look(*mini, [EDIT])
     assert texts(told)[0].startswith("a picture of ") and texts(told)[0].endswith("make the circle green")
     (prompt,) = answer_in_words(*mini, [EDIT])
-    assert prompt == inference.answer(*mini, [told])[0].strip()
+    with looking(mini[0]):
+        assert prompt == answer(*mini, [told])[0].strip()
     (picture,) = draw_in_words(*mini, [EDIT], [3], image_size=(64, 64))
     (again,) = draw(*mini, [[user(prompt)]], [3], image_size=(64, 64))
     assert np.array_equal(picture, again)
-    assert np.array_equal(picture, edit_picture(*mini, PICTURE, "make the circle green", seed=3, in_words=True))
+    assert np.array_equal(picture, edit_in_words(*mini, PICTURE, "make the circle green", seed=3))
 
 
 def test_the_draft_that_reads_most_like_its_prompt_is_kept(mini, monkeypatch):
     prompts = ["a small red circle", "a large blue star"]
-    monkeypatch.setattr(inference, "answer_in_words", lambda *args, **kwargs: prompts)
+    monkeypatch.setattr(way, "answer_in_words", lambda *args, **kwargs: prompts)
     said = iter([["a small red square", "a large blue star"], ["a small red circle", "a small star"]])
-    monkeypatch.setattr(inference, "answer", lambda *args, **kwargs: next(said))
+    monkeypatch.setattr(way, "answer", lambda *args, **kwargs: next(said))
     kept = draw_in_words(*mini, [EDIT, EDIT], [3, 4], drafts=2, image_size=(64, 64))
     # The second draft of a prompt has a seed of its own.
     drafts = draw(*mini, [[user(own)] for own in prompts], [3 + 1_000_003, 4], image_size=(64, 64))
     assert all(np.abs(np.asarray(own, int) - np.asarray(draft, int)).max() <= 1 for own, draft in zip(kept, drafts))
 
 
-def test_mistakes_are_refused(mini):
+def test_what_is_not_told_in_words_is_not_changed_by_the_adapter(mini):
+    """Drawn and answered at once as without it, before and after it was on; text alone only while it is on."""
+    plain = load("mini")
+    told = look(*mini, [EDIT])
+    for talk in (EDIT, [user("a red circle")]):
+        assert np.array_equal(draw(*plain, [talk], [5])[0], draw(*mini, [talk], [5])[0])
+    asked = [[user(PICTURE, "what color is the star?")]]
+    assert answer(*plain, asked) == answer(*mini, asked)
+    with pytest.raises(ValueError, match="not trained for 'text'"):
+        answer(*mini, told)
+
+
+def test_the_bundled_adapter_is_of_the_bundled_weights():
+    log = json.loads((Path(ADAPTERS["mini"]) / "evaluation.json").read_text())
+    assert log["settings"]["weights_sha256"] == weights_hash(MINI)
+
+
+def test_no_draft_is_refused(mini):
     with pytest.raises(ValueError, match="At least one draft"):
         draw_in_words(*mini, [EDIT], [3], drafts=0)
-    with pytest.raises(ValueError, match="draws the whole picture anew"):
-        edit_picture(*mini, PICTURE, "make the circle green", mask=Image.new("L", (64, 64), 255), in_words=True)
