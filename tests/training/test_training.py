@@ -779,8 +779,9 @@ def train_on_codes(tmp_path, tokenizer):
         )
     )
 
-    def train(name, max_steps, decoder=None, trainer=(), **stage_args):
+    def train(name, max_steps, decoder=None, trainer=(), adapter=None, **stage_args):
         start = {"decoder": str(tmp_path / decoder / "final")} if decoder else {}
+        start |= {"adapter": str(tmp_path / adapter / "adapter")} if adapter else {}
         recipe = Recipe(
             stage="decoder",
             output_dir=str(tmp_path / name),
@@ -953,6 +954,20 @@ def test_lora_trains_resumes_and_is_merged(train_on_codes, tmp_path):
     shutil.rmtree(folder / "final")
     again = weights_in(train_on_codes("whole", 4, decoder="base", **lora))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_an_adapter_is_trained_further(train_on_codes):
+    train_on_codes("base", 1)
+    lora = {"lora": {"r": 2, "target_modules": ["q_proj", "linear_1"]}}
+    whole = weights_in(train_on_codes("whole", 3, decoder="base", **lora))
+    stands, moves = (
+        weights_in(train_on_codes(name, 1, "base", {"learning_rate": rate}, adapter="whole"))
+        for name, rate in (("stands", 0.0), ("moves", 1e-2))
+    )
+    adapted = [name for name in whole if not torch.equal(whole[name], moves[name])]
+    assert adapted and all("q_proj" in name or "connector.linear_1" in name for name in adapted)
+    for name in whole:
+        torch.testing.assert_close(whole[name], stands[name], atol=1e-6, rtol=1e-5)
 
 
 def test_inverted_tasks_ask_for_the_words(train_on_codes, tmp_path, tokenizer):
