@@ -10,6 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CHECK = """
 import nextflow_hf
+from nextflow_hf.in_words import add_adapter
+from nextflow_hf.inference import load
 from transformers import AutoConfig, AutoModelForMultimodalLM
 assert {folder!r} in nextflow_hf.__file__, nextflow_hf.__file__
 import nextflow_hf.modeling.scale_schedule as schedule, nextflow_hf.scenes, nextflow_hf.training.recipe as recipe
@@ -17,6 +19,7 @@ assert {folder!r} in schedule.__file__
 recipe.load_recipe("mini-pretrain-64")
 AutoModelForMultimodalLM.from_pretrained(nextflow_hf.MINI)
 nextflow_hf.NextFlowRefinerPipeline.from_pretrained(nextflow_hf.REFINERS["mini"])
+add_adapter(load("mini")[0], "mini")
 """
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from .. import BUNDLED, REFINERS
+from .. import ADAPTERS, BUNDLED, REFINERS
 from .extraction import ExtractionSettings, run_extraction
 from .recipe import RECIPES, Recipe, load_recipe
 from .rejection import REJECTION_DEFAULTS, run_rejection
@@ -132,8 +132,9 @@ def run_recipe(recipe: Recipe) -> None:
 
 
 def _found(role: str, start: str) -> str:
-    """Where a stage starts from: the folder of a bundled checkpoint, a folder that is there, or a Hub id."""
-    path = Path((REFINERS if role == "refiner" else BUNDLED).get(start, start)).expanduser()
+    """Where a stage starts from: the folder of what is bundled, a folder that is there, or a Hub id."""
+    bundled = {"refiner": REFINERS, "adapter": ADAPTERS}.get(role, BUNDLED)
+    path = Path(bundled.get(start, start)).expanduser()
     # A Hub id has at most one slash.
     if path.exists() or (len(path.parts) <= 2 and not path.is_absolute()):
         return str(path)
