@@ -264,7 +264,8 @@ answer_in_words(model, processor, [[user(picture, edited, "what changed?")]])
 {table}
 
 All tests show combinations that training never saw; of four drafts of a picture the one is kept that the model itself
-reads most like what it means to draw. Every setting is in `evaluation.json`. Reproduce with
+reads most like what it means to draw. What the model does at once, without the adapter, is in the card of
+`nextflow-{name}`; some of it is better. Every setting is in `evaluation.json`. Reproduce with
 
 ```
 nextflow-hf evaluate in-words --checkpoint {name}
