@@ -31,8 +31,15 @@ def add_adapter(model: NextFlowForConditionalGeneration, adapter: str) -> None:
     Args:
         model: The model that the adapter was trained for.
         adapter: A name of `ADAPTERS`, a folder or a Hub id.
+
+    Raises:
+        ValueError: If the model has one already, or the adapter is that of a model of another shape.
     """
-    model.load_adapter(ADAPTERS.get(adapter, adapter), adapter_name=ADAPTER)
+    try:
+        model.load_adapter(ADAPTERS.get(adapter, adapter), adapter_name=ADAPTER)
+    except RuntimeError as error:
+        model.delete_adapter(ADAPTER)
+        raise ValueError(f"The adapter {adapter!r} was trained for a model of another shape than this one.") from error
     model.disable_adapters()
 
 

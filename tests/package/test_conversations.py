@@ -127,6 +127,21 @@ def test_the_bundled_adapter_is_of_the_bundled_weights():
     assert log["settings"]["weights_sha256"] == weights_hash(MINI)
 
 
+def test_an_adapter_of_another_model_is_refused_and_leaves_nothing():
+    words, its_processor = load("mini-words")
+    asked = [[user('the word "OPEN" in green')]]
+    (before,) = draw(words, its_processor, asked, [3], image_size=(48, 80))
+    with pytest.raises(ValueError, match="another shape"):
+        add_adapter(words, "mini")
+    assert not hasattr(words, "peft_config")
+    assert np.array_equal(before, draw(words, its_processor, asked, [3], image_size=(48, 80))[0])
+
+
+def test_a_second_adapter_is_refused(mini):
+    with pytest.raises(ValueError, match="already exists"):
+        add_adapter(mini[0], "mini")
+
+
 def test_no_draft_is_refused(mini):
     with pytest.raises(ValueError, match="At least one draft"):
         draw_in_words(*mini, [EDIT], [3], drafts=0)
