@@ -259,8 +259,7 @@ def _describe(args: argparse.Namespace) -> None:
 
     if args.think and args.in_words:
         raise ValueError("Give --think or --in-words, not both.")
-    if args.adapter is not None and not args.in_words:
-        raise ValueError("--adapter goes with --in-words.")
+    _check_adapter(args)
     picture = Image.open(args.picture)
     model, processor = load(args.checkpoint)
     conversation = [user(picture, args.question)]
@@ -287,8 +286,7 @@ def _edit(args: argparse.Namespace) -> None:
         raise ValueError("--in-words draws the whole picture anew: leave out --think, --mask and --size.")
     if args.drafts is not None and (not args.in_words or args.drafts < 1):
         raise ValueError(f"--drafts is a number of 1 and more that goes with --in-words, got {args.drafts}.")
-    if args.adapter is not None and not args.in_words:
-        raise ValueError("--adapter goes with --in-words.")
+    _check_adapter(args)
     if args.output.suffix.lower() != ".png":
         raise ValueError(f"--output is a PNG file, got {args.output.name!r}.")
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -312,12 +310,16 @@ def _edit(args: argparse.Namespace) -> None:
     print(args.output)
 
 
+def _check_adapter(args: argparse.Namespace) -> None:
+    if args.adapter is not None and not args.in_words:
+        raise ValueError("--adapter goes with --in-words.")
+
+
 def _add_adapter(model, args: argparse.Namespace) -> None:
     """The adapter for words: the one that is asked for, or that of a bundled checkpoint."""
-    from . import ADAPTERS
-    from .in_words import add_adapter
+    from .in_words import adapter_for, add_adapter
 
-    adapter = args.adapter or (args.checkpoint if args.checkpoint in ADAPTERS else None)
+    adapter = adapter_for(args.checkpoint, args.adapter)
     if adapter is not None:
         add_adapter(model, adapter)
 

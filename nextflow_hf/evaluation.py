@@ -12,7 +12,7 @@ import transformers
 
 from . import ADAPTERS, BUNDLED, __version__
 from .abilities import AFTER_A_THOUGHT, IN_WORDS, SCORES_IN_WORDS, Tested, score_abilities, score_words, shows
-from .in_words import add_adapter
+from .in_words import adapter_for, add_adapter
 from .inference import describe_pictures, draw_prompts, load
 from .intervals import interval, resample, summarize
 from .modeling.configuration_nextflow import NextFlowVQConfig
@@ -206,7 +206,7 @@ def evaluate_in_words(
     if tests < 1:
         raise ValueError(f"At least one test is needed, got tests={tests}.")
     model, processor = load(checkpoint)
-    adapter = adapter or (checkpoint if checkpoint in ADAPTERS else None)
+    adapter = adapter_for(checkpoint, adapter)
     if adapter is not None:
         add_adapter(model, adapter)
     elif model.config.abilities is not None and "text" not in model.config.abilities:

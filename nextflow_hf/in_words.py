@@ -25,6 +25,11 @@ from .scenes import WHOLE_QUESTION
 ADAPTER = "look"
 
 
+def adapter_for(checkpoint: str, adapter: str | None = None) -> str | None:
+    """The adapter that is asked for, or the bundled one of a bundled checkpoint; `None` where there is neither."""
+    return adapter or (checkpoint if checkpoint in ADAPTERS else None)
+
+
 def add_adapter(model: NextFlowForConditionalGeneration, adapter: str) -> None:
     """Give a model the adapter with which it looks and thinks in words; it stays off but for that.
 
@@ -52,7 +57,7 @@ def looking(model: NextFlowForConditionalGeneration) -> Iterator[None]:
     known = model.config.abilities
     model.set_adapter(ADAPTER)
     model.enable_adapters()
-    model.config.abilities = None if known is None else [*{*known, "text", "caption"}]
+    model.config.abilities = None if known is None else sorted({*known, "text", "caption"})
     try:
         yield
     finally:
