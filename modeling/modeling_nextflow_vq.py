@@ -375,32 +375,49 @@ class NextFlowVQPreTrainedModel(PreTrainedModel):
             init.ones_(module.usage)
 
 
+def saved_config(path, kwargs: dict) -> dict:
+    """The configuration of a checkpoint as it was saved; empty where there is none.
+
+    `kwargs` are those of `from_pretrained`, of which the ones that say where to look are used.
+    """
+    names = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+    try:
+        return PreTrainedConfig.get_config_dict(path, **{name: kwargs[name] for name in names if name in kwargs})[0]
+    except OSError:
+        # Nothing there: loading says so, or does without where a configuration is given.
+        return {}
+
+
 def check_model_type(model_class: type[PreTrainedModel], path, kwargs: dict) -> None:
     """Raise `ValueError` if a checkpoint is of another kind, where transformers would warn and draw new weights."""
     if path is None:
         return
-    names = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(path, **{name: kwargs[name] for name in names if name in kwargs})
-    except OSError:
-        # Nothing there: loading says so, or does without where a configuration is given.
-        return
-    found, wanted = config.get("model_type"), model_class.config_class.model_type
+    found, wanted = saved_config(path, kwargs).get("model_type"), model_class.config_class.model_type
     if found not in (None, wanted):
-        raise ValueError(
-            f"{path} is a checkpoint of the kind {found!r}, and {model_class.__name__} is {wanted!r}. (The image "
-            "tokenizer of a whole NextFlow is its `vq_model`; `save_pretrained` of that gives one of its own.)"
-        )
+        raise ValueError(f"{path} is a checkpoint of the kind {found!r}, and {model_class.__name__} is {wanted!r}.")
 
 
 class NextFlowVQModel(NextFlowVQPreTrainedModel):
     """The dual-codebook multi-scale image tokenizer: [`encode`] pixels to codes, [`decode`] codes to pixels."""
 
+    # Of a whole NextFlow all but its tokenizer.
+    _keys_to_ignore_on_load_unexpected = [r"^model\.(?!vq_model\.)", r"^lm_head\."]
+
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers; refuses a whole NextFlow, within which it would find no weights of its own."""
-        check_model_type(cls, pretrained_model_name_or_path, kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        """As in transformers; of the checkpoint of a whole NextFlow, its image tokenizer alone.
+
+        Raises:
+            ValueError: If it is a checkpoint of another kind.
+        """
+        if pretrained_model_name_or_path is not None:
+            saved = saved_config(pretrained_model_name_or_path, kwargs)
+            if saved.get("model_type") == "nextflow":
+                config = NextFlowVQConfig.from_dict(saved["vq_config"]) if config is None else config
+                kwargs = {"key_mapping": {r"^model\.vq_model\.": ""}, **kwargs}
+            else:
+                check_model_type(cls, pretrained_model_name_or_path, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
     def __init__(self, config: NextFlowVQConfig):
         super().__init__(config)

@@ -266,12 +266,22 @@ def test_what_export_traces_leaves_no_trace(vq_model):
     torch.testing.assert_close(exported(maps), modeling_nextflow_vq.upsample(maps, (7, 11)))
 
 
-def test_a_whole_nextflow_is_no_tokenizer_and_a_tokenizer_no_nextflow(tmp_path):
+@pytest.mark.parametrize("max_shard_size", ["1GB", "100KB"])
+def test_a_whole_nextflow_holds_its_tokenizer(tmp_path, pixels, max_shard_size):
     model = small_model()
-    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    loaded, report = NextFlowVQModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert type(loaded.config) is type(model.vq_model.config)
+    assert loaded.fingerprint() == model.vq_model.fingerprint()
+    assert torch.equal(loaded.eval().encode(pixels).codes, model.vq_model.eval().encode(pixels).codes)
+
+
+def test_a_tokenizer_is_no_nextflow_and_a_language_model_no_tokenizer(tmp_path):
+    model = small_model()
     model.vq_model.save_pretrained(tmp_path / "vq")
-    with pytest.raises(ValueError, match="'nextflow', and NextFlowVQModel"):
-        NextFlowVQModel.from_pretrained(tmp_path / "whole")
     with pytest.raises(ValueError, match="'nextflow_vq', and NextFlowForConditionalGeneration"):
         type(model).from_pretrained(tmp_path / "vq")
-    assert NextFlowVQModel.from_pretrained(tmp_path / "vq").fingerprint() == model.vq_model.fingerprint()
+    model.model.language_model.save_pretrained(tmp_path / "text")
+    with pytest.raises(ValueError, match="'qwen2_5_vl_text', and NextFlowVQModel"):
+        NextFlowVQModel.from_pretrained(tmp_path / "text")

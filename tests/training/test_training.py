@@ -596,6 +596,20 @@ def test_a_bundled_checkpoint_is_a_start_by_its_name(monkeypatch):
     assert ran[0].init_from["decoder"] == nextflow_hf.MINI
 
 
+def test_the_bundled_checkpoint_and_adapter_are_all_that_mini_look_starts_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = [f"data.{name}.args.num_records=6" for name in load_recipe("mini-extract-look").data]
+    run_recipe(load_recipe("mini-extract-look", ["init_from.vq=mini", *few]))
+    start = [f"init_from.{role}=mini" for role in ("tokenizer", "vq", "decoder", "adapter")]
+    run_recipe(load_recipe("mini-look", [*start, "trainer.max_steps=1", "trainer.learning_rate=0.0"]))
+    before, after = (
+        load_file(Path(folder) / "adapter_model.safetensors")
+        for folder in (nextflow_hf.ADAPTERS["mini"], "runs/mini/look/adapter")
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], own.float()) for name, own in before.items())
+
+
 def test_overrides():
     recipe = load_recipe("mini-pretrain-64", ["trainer.max_steps=7", "stage_args.abilities=[image]"])
     assert recipe.trainer["max_steps"] == 7 and recipe.stage_args["abilities"] == ["image"]
