@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .in_words import answer_in_words, draw_in_words
+from .in_words import answer_in_words, reply_in_words
 from .inference import answer, assistant, draw, tell, think, user
 from .intervals import interval
 from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
@@ -65,7 +65,7 @@ class Tested:
         seed: Seed of the tests and of what is drawn.
         split: Which combinations the tests show.
         ways: How what concerns pictures is scored, as ends of the scores' names: at once (""), `AFTER_A_THOUGHT`, or
-            `IN_WORDS` ([`in_words.draw_in_words`] with four drafts).
+            `IN_WORDS` ([`in_words.reply_in_words`] with four drafts).
         sampling: Goes to `generate` where pictures are drawn.
     """
 
@@ -107,11 +107,23 @@ class Tested:
 
     def draw(self, conversations: Sequence[list[dict]], way: str = "", **sampling) -> list[Image.Image]:
         """The pictures that answer conversations, in one of `ways`."""
-        seeds = [self.seed + index for index in range(len(conversations))]
-        settings = {"resolution": self.resolution, "image_size": self.size, **self.sampling, **sampling}
         if way == IN_WORDS:
-            return draw_in_words(self.model, self.processor, conversations, seeds, drafts=_DRAFTS, **settings)
-        return draw(self.model, self.processor, self.begun(conversations, way), seeds, **settings)
+            return [talk[-1]["content"][0]["image"] for talk in self.reply(conversations, way, **sampling)]
+        begun, settings = self.begun(conversations, way), self._drawing(conversations, sampling)
+        return draw(self.model, self.processor, begun, **settings)
+
+    def reply(self, conversations: Sequence[list[dict]], way: str = "", **sampling) -> list[list[dict]]:
+        """The conversations with the pictures that answer them, in one of `ways`."""
+        if way == IN_WORDS:
+            settings = self._drawing(conversations, sampling)
+            turns = reply_in_words(self.model, self.processor, conversations, drafts=_DRAFTS, **settings)
+            return [[*talk, turn] for talk, turn in zip(conversations, turns)]
+        begun = self.begun(conversations, way)
+        return [_drawn(talk, picture) for talk, picture in zip(begun, self.draw(begun, way, **sampling))]
+
+    def _drawing(self, conversations: Sequence[list[dict]], sampling: Mapping) -> dict:
+        seeds = [self.seed + index for index in range(len(conversations))]
+        return {"seeds": seeds, "resolution": self.resolution, "image_size": self.size, **self.sampling, **sampling}
 
     def answer(self, conversations: Sequence[list[dict]], way: str = "") -> list[str]:
         """The words that answer conversations, in one of `ways`."""
@@ -207,7 +219,10 @@ def judge_edit(edit: Edit, reading: Reading) -> tuple[bool, bool, bool]:
 
 
 def score_conversations(tested: Tested, turns: int = 3) -> dict:
-    """Several edits in one conversation, each of the picture that the model drew before: the last is exactly right."""
+    """Several edits in one conversation, each of the picture that the model drew before: the last is exactly right.
+
+    In words, each is of what the model meant to draw ([`in_words.reply_in_words`]).
+    """
     wanted = []
     for scene, rng in tested.scenes():
         edits: list[Edit] = []
@@ -219,14 +234,10 @@ def score_conversations(tested: Tested, turns: int = 3) -> dict:
     result = {}
     for way in tested.ways:
         conversations = [[user(tested.picture(edits[0].before), edits[0].text)] for edits in wanted]
-        for turn in range(turns):
-            conversations = tested.begun(conversations, way)
-            pictures = tested.draw(conversations, way)
-            if turn + 1 < turns:
-                conversations = [
-                    [*_drawn(talk, picture), user(edits[turn + 1].text)]
-                    for talk, picture, edits in zip(conversations, pictures, wanted)
-                ]
+        for turn in range(1, turns):
+            replied = tested.reply(conversations, way)
+            conversations = [[*talk, user(edits[turn].text)] for talk, edits in zip(replied, wanted)]
+        pictures = tested.draw(conversations, way)
         right = [shows(referee.look(picture), edits[-1].after) for picture, edits in zip(pictures, wanted)]
         result[f"{turns} edits in a row{way}"] = interval(right)
     return result

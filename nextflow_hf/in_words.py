@@ -23,6 +23,8 @@ from .scenes import WHOLE_QUESTION
 
 # Name of the adapter that is switched on for looking and thinking.
 ADAPTER = "look"
+# Key of a picture's part of a turn: what it shows, where that is known.
+DESCRIPTION = "description"
 
 
 def adapter_for(checkpoint: str, adapter: str | None = None) -> str | None:
@@ -75,14 +77,18 @@ def look(
 ) -> list[Conversation]:
     """Conversations in words ([`conversations.in_words`]): the model describes each of their pictures by itself.
 
-    `question` asks for everything that a picture shows.
+    `question` asks for everything that a picture shows. A picture whose part of a turn has a `description`, as those of
+    [`reply_in_words`] have, is not looked at, but taken for what that says.
     """
     shown = [_pictures(own) for own in conversations]
     ask = {"type": "text", "text": question}
-    asked = [[{"role": "user", "content": [part, ask]}] for parts in shown for part in parts]
+    asked = [[{"role": "user", "content": [part, ask]}] for parts in shown for part in parts if DESCRIPTION not in part]
     with looking(model):
         said = iter(answer(model, processor, asked, batch_size, resolution))
-    return [in_words(own, [next(said).strip() for _ in parts]) for own, parts in zip(conversations, shown)]
+    return [
+        in_words(own, [part[DESCRIPTION] if DESCRIPTION in part else next(said).strip() for part in parts])
+        for own, parts in zip(conversations, shown)
+    ]
 
 
 def answer_in_words(
@@ -103,7 +109,7 @@ def answer_in_words(
     return [own.strip() for own in said]
 
 
-def draw_in_words(
+def reply_in_words(
     model: NextFlowForConditionalGeneration,
     processor: NextFlowProcessor,
     conversations: Sequence[Conversation],
@@ -112,11 +118,14 @@ def draw_in_words(
     resolution: int | None = None,
     drafts: int = 1,
     **sampling,
-) -> list[Image.Image]:
-    """Pictures as by `inference.draw`, by way of words: from the prompt that the model comes to in text.
+) -> list[dict]:
+    """The assistant's turns that answer conversations with a picture each, by way of words: from the prompt that the
+    model comes to in text.
 
     Nothing of a given picture reaches the new one but what the model says of it. With `drafts`, so many are drawn of
-    each prompt, the model looks at them, and the one that it describes most like the prompt is kept.
+    each prompt, the model looks at them, and the one that it describes most like the prompt is kept. The prompt stays
+    with the picture as its `description`, so that a conversation goes on from what was meant: the picture need not be
+    read again, and what went wrong in drawing it does not add up over the turns.
 
     Raises:
         ValueError: If there is less than one draft.
@@ -133,7 +142,22 @@ def draw_in_words(
             best = {"best_of": drafts, "scorer": scorer}
         asked = [[user(own)] for own in prompts[chosen]]
         pictures += draw(model, processor, asked, seeds[chosen], batch_size, resolution, **best, **sampling)
-    return pictures
+    return [
+        {"role": "assistant", "content": [{"type": "image", "image": picture, DESCRIPTION: prompt}]}
+        for picture, prompt in zip(pictures, prompts)
+    ]
+
+
+def draw_in_words(
+    model: NextFlowForConditionalGeneration,
+    processor: NextFlowProcessor,
+    conversations: Sequence[Conversation],
+    seeds: Sequence[int],
+    **options,
+) -> list[Image.Image]:
+    """Pictures as by `inference.draw`, by way of words: those of [`reply_in_words`], which takes the `options`."""
+    turns = reply_in_words(model, processor, conversations, seeds, **options)
+    return [turn["content"][0]["image"] for turn in turns]
 
 
 def edit_in_words(

@@ -11,7 +11,15 @@ from nextflow_hf import ADAPTERS, MINI
 from nextflow_hf import in_words as way
 from nextflow_hf.conversations import in_words
 from nextflow_hf.evaluation import weights_hash
-from nextflow_hf.in_words import add_adapter, answer_in_words, draw_in_words, edit_in_words, look, looking
+from nextflow_hf.in_words import (
+    add_adapter,
+    answer_in_words,
+    draw_in_words,
+    edit_in_words,
+    look,
+    looking,
+    reply_in_words,
+)
 from nextflow_hf.inference import answer, assistant, draw, load, user
 from nextflow_hf.scenes import Referee, Scene, SceneObject, TaskRecords, facts_match, parse, render
 
@@ -97,6 +105,22 @@ def test_drawing_in_words_is_looking_thinking_and_drawing(mini):
     (again,) = draw(*mini, [[user(prompt)]], [3], image_size=(64, 64))
     assert np.array_equal(picture, again)
     assert np.array_equal(picture, edit_in_words(*mini, PICTURE, "make the circle green", seed=3))
+
+
+def test_a_conversation_in_words_goes_on_from_what_was_meant(mini):
+    (turn,) = reply_in_words(*mini, [EDIT], [3], image_size=(64, 64))
+    (part,) = turn["content"]
+    assert np.array_equal(part["image"], draw_in_words(*mini, [EDIT], [3], image_size=(64, 64))[0])
+    (prompt,) = answer_in_words(*mini, [EDIT])
+    assert part["description"] == prompt
+    said = {**turn, "content": [{**part, "description": "a small pink cross"}]}
+    again = user("make the background gray")
+    (told,) = look(*mini, [[*EDIT, said, again]])
+    assert texts(told)[:2] == [texts(look(*mini, [EDIT])[0])[0], "a small pink cross"]
+    # Whoever looks at the picture itself is not told what it was to be.
+    plain = {**turn, "content": [{"type": "image", "image": part["image"]}]}
+    pictures = [draw(*mini, [[*EDIT, own, again]], [5], image_size=(64, 64))[0] for own in (said, plain)]
+    assert np.array_equal(*pictures)
 
 
 def test_the_draft_that_reads_most_like_its_prompt_is_kept(mini, monkeypatch):
