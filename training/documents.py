@@ -72,7 +72,8 @@ class DocumentReader:
         origin: What the documents are made from, as far as it is known: kind, columns, and a recipe's whole entry.
 
     Raises:
-        ValueError: If there is no such kind, it has no such column, or the records lack one that it needs.
+        ValueError: If there is no such kind, it has no such column, or the records lack one that it needs or that
+            `columns` names.
     """
 
     def __init__(self, records, kind: str, columns: dict[str, str] | None = None, folder: str | Path = "."):
@@ -90,7 +91,9 @@ class DocumentReader:
         self._stream: tuple[int, Iterator[dict]] | None = None
         # A stream may not know its columns.
         found = getattr(records, "column_names", None) or list(self.columns.values())
-        missing = [own for name, own in self.columns.items() if name not in _OPTIONAL and own not in found]
+        # One that is named is meant, and none of the optional ones.
+        needed = [own for name, own in self.columns.items() if name not in _OPTIONAL or name in (columns or ())]
+        missing = [own for own in needed if own not in found]
         if missing:
             raise ValueError(
                 f"Datasets of kind {kind!r} need the columns {missing}, but this one has {found}. Add them, or name "

@@ -13,7 +13,7 @@ runs make the same bytes. The manifest is written when every shard is there.
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -53,7 +53,7 @@ class ExtractionSettings:
         corruption: Share of each scale's positions that are drawn so (0.6 in the paper).
         shard_size: Records of a shard.
         batch_size: Pictures encoded at a time.
-        max_broken: Broken records of a dataset after which a process stops.
+        max_broken: So many records of a dataset may be broken.
         seed: Seed of the drawing.
     """
 
@@ -123,6 +123,8 @@ def extract(
         writer = _ShardWriter(name, reader, vq_model, folder, settings)
         writer.run(processes)
         processes.wait_for_everyone()
+        # The others have met broken records of their own meanwhile.
+        writer.check_broken(_shards_in(folder))
         if processes.is_main_process:
             write_json(folder / "manifest.json", manifest_of(folder, name, made_with["codebook_fingerprint"]))
         processes.wait_for_everyone()
@@ -146,7 +148,7 @@ class _ShardWriter:
         size = self.settings.shard_size
         total = None if self.reader.is_streamed else len(self.reader)
         made = self._made(total)
-        broken = sum(len(own["broken"]) for own in made.values())
+        self.check_broken(made.values())
         shard = processes.process_index
         bar = tqdm(total=total, desc=f"extract {self.name}", unit="record", disable=not processes.is_main_process)
         while total is None or shard * size < total:
@@ -155,18 +157,26 @@ class _ShardWriter:
                 if table is None:
                     break
                 write_table(self._path(shard), table)
-                newly = json.loads(table.schema.metadata[b"broken"])
-                broken += len(newly)
-                if newly and broken > self.settings.max_broken:
-                    raise ValueError(
-                        f"{broken} records of {self.name!r} are broken, more than max_broken="
-                        f"{self.settings.max_broken}. The last: {newly[-1]}"
-                    )
+                made[shard] = _read_shard(self._path(shard))
+                if made[shard]["broken"]:
+                    self.check_broken(made.values())
             # A process sees its own shards; the others keep pace.
             stop = (shard + processes.num_processes) * size
             bar.update((stop if total is None else min(stop, total)) - bar.n)
             shard += processes.num_processes
         bar.close()
+
+    def check_broken(self, shards: Iterable[dict]) -> None:
+        """Raise `ValueError` if the shards leave out more records than may be broken."""
+        holding = [own for own in shards if own["broken"]]
+        broken = sum(len(own["broken"]) for own in holding)
+        if broken > self.settings.max_broken:
+            # A shard stays as it was made, with records that were mended since among those left out.
+            raise ValueError(
+                f"{broken} records of {self.name!r} are broken, more than max_broken={self.settings.max_broken}. The "
+                f"last: {holding[-1]['broken'][-1]}. Allow more, or mend them and remove the shards that leave them "
+                f"out from {self.folder}: {', '.join(own['file'] for own in holding)}."
+            )
 
     def _made(self, total: int | None) -> dict[int, dict]:
         """The shards that are there and whole, by number; one that was the last before the data grew is not.
@@ -182,8 +192,9 @@ class _ShardWriter:
                 f"{self.folder} holds codes of {records} records, but {self.name!r} has {total}. Name another "
                 "directory."
             )
-        if shards:
-            self._check_same(min(shards))
+        filled = [number for number, own in shards.items() if own["documents"]]
+        if filled:
+            self._check_same(min(filled))
         return {
             number: own
             for number, own in shards.items()
@@ -192,17 +203,15 @@ class _ShardWriter:
 
     def _check_same(self, number: int) -> None:
         """Refuse a shard of other data: its first document is asked for again."""
-        rows = pq.read_table(self._path(number), columns=["id", "messages"]).slice(0, 1).to_pylist()
-        if not rows:
-            return
+        (row,) = pq.read_table(self._path(number), columns=["id", "messages"]).slice(0, 1).to_pylist()
         size, found = self.settings.shard_size, None
         for _, document in self.reader.read(number * size, (number + 1) * size):
-            if not isinstance(document, BrokenRecordError) and document.id == rows[0]["id"]:
+            if not isinstance(document, BrokenRecordError) and document.id == row["id"]:
                 found = _written(document)
                 break
-        if found != rows[0]["messages"]:
+        if found != row["messages"]:
             raise ValueError(
-                f"{self.folder} holds codes of other data: its record {rows[0]['id']} is {rows[0]['messages']}, but "
+                f"{self.folder} holds codes of other data: its record {row['id']} is {row['messages']}, but "
                 f"{self.name!r} has {found}. Name another directory."
             )
 
@@ -292,16 +301,20 @@ class _ShardWriter:
 
 
 def _shards_in(folder: Path) -> Iterator[dict]:
-    for path in sorted(folder.glob("shard-*.parquet")):
-        file = pq.ParquetFile(path)
-        metadata = file.schema_arrow.metadata
-        yield {
-            "file": path.name,
-            "records": int(metadata[b"records"]),
-            "documents": file.metadata.num_rows,
-            "broken": json.loads(metadata[b"broken"]),
-            "image_sizes": json.loads(metadata[b"image_sizes"]),
-        }
+    yield from map(_read_shard, sorted(folder.glob("shard-*.parquet")))
+
+
+def _read_shard(path: Path) -> dict:
+    """What a shard says of itself."""
+    file = pq.ParquetFile(path)
+    metadata = file.schema_arrow.metadata
+    return {
+        "file": path.name,
+        "records": int(metadata[b"records"]),
+        "documents": file.metadata.num_rows,
+        "broken": json.loads(metadata[b"broken"]),
+        "image_sizes": json.loads(metadata[b"image_sizes"]),
+    }
 
 
 def manifest_of(folder: Path, name: str, fingerprint: str) -> dict:

@@ -48,11 +48,7 @@ class DatasetPictures:
 
     def prompt(self, index: int, rng: np.random.Generator) -> str:
         """One of the wordings that come with picture `index`."""
-        turns = self._document(index).messages
-        # Where a turn answers with words, they are about the picture, and what was asked may be anything.
-        answers = [turn for turn in turns if turn["role"] == "assistant"]
-        texts = [part["text"] for turn in (*answers, *turns) for part in turn["content"] if part["type"] == "text"]
-        wordings = texts[0] if isinstance(texts[0], list) else texts[:1]
+        wordings = _wordings(self._document(index))
         return wordings[rng.integers(len(wordings))]
 
     def question(self, index: int, rng: np.random.Generator) -> tuple[str, str]:
@@ -65,6 +61,8 @@ class DatasetPictures:
             ((_, document),) = self.reader.read(number, number + 1)
             if not isinstance(document, BrokenRecordError):
                 try:
+                    if not document.images or not _wordings(document):
+                        raise ValueError("a picture with words is needed")
                     self.image_processor.bucket_of(document.images[0].height, document.images[0].width)
                     return document
                 except ValueError as error:
@@ -75,3 +73,12 @@ class DatasetPictures:
             if len(self.broken) > self.max_broken:
                 break
         raise ValueError(f"{len(self.broken)} records are broken, more than max_broken={self.max_broken}: {document}")
+
+
+def _wordings(document: Document) -> list[str]:
+    """Ways to say what the picture shows; none where a document has no words."""
+    turns = document.messages
+    # Where a turn answers with words, they are about the picture, and what was asked may be anything.
+    answers = [turn for turn in turns if turn["role"] == "assistant"]
+    texts = [part["text"] for turn in (*answers, *turns) for part in turn["content"] if part["type"] == "text"]
+    return texts[0] if texts and isinstance(texts[0], list) else texts[:1]

@@ -218,6 +218,14 @@ def test_datasets_that_cannot_be_read_are_refused(spec, message):
         load_reader(spec)
 
 
+def test_an_optional_column_that_is_named_must_be_there():
+    records = datasets.Dataset.from_list([{"id": "a", "image": png(), "text": "dot 1"}])
+    assert len(list(DocumentReader(records, "image_to_text").read(0, 1))) == 1
+    for name in ("question", "id"):
+        with pytest.raises(ValueError, match="need the columns .*'ask'"):
+            DocumentReader(records, "image_to_text", {name: "ask"})
+
+
 # ---- extraction ------------------------------------------------------------------------------------------------------
 
 
@@ -264,14 +272,36 @@ def test_broken_records_are_left_out_and_named(tmp_path, vq_model):
     assert manifest["records"] == 11 and manifest["documents"] == 8 == len(CodedDocuments(tmp_path / "dots"))
     assert [own.split(":")[0] for own in manifest["broken"]] == ["record dot-2", "record dot-7", "record strip"]
     strict = ExtractionSettings(resolution=32, shard_size=4, max_broken=1)
-    with pytest.raises(ValueError, match="more than max_broken=1"):
-        extract({"dots": reader}, vq_model, tmp_path / "strict", strict)
+    # Given again, the command does not end with what was made.
+    for _ in range(2):
+        with pytest.raises(ValueError, match="more than max_broken=1"):
+            extract({"dots": reader}, vq_model, tmp_path / "strict", strict)
+    assert not (tmp_path / "strict" / "dots" / "manifest.json").exists()
     # More may be broken, after all: what is made stays.
     first = tmp_path / "strict" / "dots" / "shard-00000.parquet"
     made = first.stat().st_mtime_ns
     lenient = ExtractionSettings(resolution=32, shard_size=4, max_broken=3)
     assert extract({"dots": reader}, vq_model, tmp_path / "strict", lenient)["dots"]["documents"] == 8
     assert first.stat().st_mtime_ns == made
+
+
+def test_records_that_were_mended_are_made_once_their_shards_are_removed(tmp_path, vq_model):
+    strict = ExtractionSettings(resolution=32, shard_size=4, max_broken=1)
+    with pytest.raises(ValueError, match=r"mend them .*: shard-00000\.parquet, shard-00001\.parquet\.") as refused:
+        extract({"dots": DocumentReader(captions(broken=(2, 7)), "text_to_image")}, vq_model, tmp_path, strict)
+    assert "dot-7" in str(refused.value)
+    for own in (tmp_path / "dots").glob("shard-*"):
+        own.unlink()
+    manifest = extract({"dots": DocumentReader(captions(), "text_to_image")}, vq_model, tmp_path, strict)["dots"]
+    assert manifest["documents"] == 10 and not manifest["broken"]
+
+
+def test_other_data_is_refused_though_the_first_shard_is_empty(tmp_path, vq_model):
+    broken = range(4)
+    extract({"dots": DocumentReader(captions(broken=broken), "text_to_image")}, vq_model, tmp_path, SETTINGS)
+    other = [{**own, "text": f"another {own['text']}"} for own in captions(broken=broken)]
+    with pytest.raises(ValueError, match="codes of other data.*another dot 4"):
+        extract({"dots": DocumentReader(other, "text_to_image")}, vq_model, tmp_path, SETTINGS)
 
 
 def test_a_directory_of_other_data_is_refused_and_one_of_fewer_goes_on(tmp_path, vq_model):
@@ -402,6 +432,23 @@ def test_a_picture_s_caption_is_the_answer_and_not_the_question(tmp_path):
     spec = {"kind": "image_to_text", "path": "parquet", "data_files": str(tmp_path / "a.parquet")}
     pictures = DatasetPictures(spec, resolution=64, preset="nextflow-mini")
     assert pictures.prompt(1, np.random.default_rng(0)) == "dot 1"
+
+
+def test_records_without_a_picture_or_words_are_broken(caplog):
+    pictures = DatasetPictures({"kind": "interleaved", "class": "test_extraction:Pages"}, 64, "nextflow-mini")
+    assert pictures.image(0).shape == (64, 64, 3)
+    assert pictures.prompt(0, np.random.default_rng(0)) == "dot 2"
+    assert "record 0" in caplog.text and "record 1" in caplog.text
+
+
+class Pages(list):
+    """Words alone, a picture alone, and both."""
+
+    def __init__(self):
+        super().__init__({"content": own} for own in ([{"text": "dot 0"}], [IMAGE], [IMAGE, {"text": "dot 2"}]))
+
+
+IMAGE = {"image": png()}
 
 
 # ---- mixing ----------------------------------------------------------------------------------------------------------
