@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast, TrainerCallback
+from transformers.utils import cached_file
 
 from ..files import save_picture
 from ..modeling.configuration_nextflow import ABILITIES, NextFlowConfig
+from ..modeling.generation_nextflow import DEFAULT_SAMPLING
 from ..modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling.modeling_nextflow_vq import NextFlowVQModel
 from ..processing.image_processing_base_nextflow import buckets_from_schedule
@@ -30,6 +32,8 @@ from .vocabulary import with_vocabulary
 
 _DTYPES = ("auto", "float32", "bfloat16")
 _PACKING_UNITS = ("flops", "tokens")
+# The `image_*` settings of generation.
+_SAMPLING = {*DEFAULT_SAMPLING, "resampling"}
 
 
 class DrawAndReadDataset(Dataset):
@@ -125,8 +129,9 @@ def train_decoder(recipe: Recipe) -> None:
     """Train the decoder on a frozen tokenizer.
 
     `init_from`: `tokenizer` (text), `vq`, and `decoder` to go on from, whatever text tokens and codes it had (but under
-    `fsdp_size`); `adapter`, a LoRA of that decoder, to train it further, as it is. What it trains on is either `data`
-    (extracted datasets, mixed by weight) or a `source` of pictures of one size.
+    `fsdp_size`); `adapter`, a LoRA of that decoder, to train it further, as it is: its own configuration counts, not
+    `lora`. What it trains on is either `data` (extracted datasets, mixed by weight) or a `source` of pictures of one
+    size.
     `stage_args`:
 
     * what is trained: `trained` (first parts of parameter names; everything but the tokenizer where it is missing), or
@@ -145,9 +150,9 @@ def train_decoder(recipe: Recipe) -> None:
     * for a `source`: `codes` (file of extracted codes), `read_share`, `epochs`.
 
     Raises:
-        ValueError: If the recipe names neither `data` nor `source`, an unknown unit or dtype, a part that the model
-            does not have, or parts and `lora` at once, or if it would shard a decoder that is not saved, or draw
-            samples with one that is sharded.
+        ValueError: If the recipe names neither `data` nor `source`, an unknown unit, dtype or setting of sampling, a
+            part that the model does not have, or parts beside `lora` or an adapter, or if it would shard a decoder
+            that is not saved, or draw samples of no prompts or with one that is sharded.
     """
     stage = recipe.stage_args
     unknown = set(stage.get("abilities") or ()) - set(ABILITIES)
@@ -156,6 +161,16 @@ def train_decoder(recipe: Recipe) -> None:
     if stage.get("sample_every") and "image" not in (stage.get("abilities") or ("image",)):
         raise ValueError(
             f'`sample_every` draws, but `abilities` are {stage["abilities"]}; name "image", or leave it out.'
+        )
+    if stage.get("sample_every") and not stage.get("sample_prompts"):
+        raise ValueError("`sample_every` draws `sample_prompts`, and the recipe has none; name some, or leave it out.")
+    unknown = set(stage.get("sampling") or ()) - _SAMPLING
+    if unknown:
+        raise ValueError(f"`sampling` has the settings {sorted(_SAMPLING)}, not {sorted(unknown)}.")
+    ignored = sorted({"trained", "head_rows"} & set(stage))
+    if ignored and "adapter" in recipe.init_from:
+        raise ValueError(
+            f"With `init_from.adapter` its own weights are trained; leave {ignored} of `stage_args` out, or `adapter`."
         )
     if stage.get("dtype", "auto") not in _DTYPES:
         raise ValueError(f"`dtype` must be one of {_DTYPES}, got {stage['dtype']!r}.")
@@ -211,7 +226,7 @@ def train_decoder(recipe: Recipe) -> None:
     model.generation_config = GenerationConfig(
         eos_token_id=builder.end_of_turn,
         pad_token_id=tokenizer.pad_token_id,
-        **{f"image_{name}": value for name, value in stage.get("sampling", {}).items()},
+        **{f"image_{name}": value for name, value in (stage.get("sampling") or {}).items()},
     )
     # The model says what it can do; samples on the way are drawn by what it says.
     model.config.abilities = stage.get("abilities")
@@ -286,10 +301,12 @@ def _with_vocabulary_of(
 ) -> NextFlowForConditionalGeneration:
     """The decoder with the recipe's text tokens and codes, where it was trained with others."""
     after = PreTrainedTokenizerFast.from_pretrained(recipe.init_from["tokenizer"])
-    has_own = (Path(recipe.init_from["decoder"]) / "tokenizer.json").is_file()
-    before = PreTrainedTokenizerFast.from_pretrained(recipe.init_from["decoder"]) if has_own else after
+    start = recipe.init_from["decoder"]
+    has_own = cached_file(start, "tokenizer.json", _raise_exceptions_for_missing_entries=False) is not None
+    before = PreTrainedTokenizerFast.from_pretrained(start) if has_own else after
     same_text = before.get_vocab() == after.get_vocab()
-    if same_text and vq_model.config.codebook_size == model.config.vq_config.codebook_size:
+    # Codes of another table are others, though as many.
+    if same_text and vq_model.fingerprint() == model.vq_model.fingerprint():
         return model
     code_start_id = model.config.code_start_id
     if not same_text:

@@ -890,7 +890,12 @@ def test_samples_are_drawn_by_a_decoder_that_could_not_draw_before(train_on_code
     samples = {"sample_prompts": ["dot 1"], "sample_every": 1}
     folder = train_on_codes("draws", 1, decoder="reads", abilities=["image"], **samples)
     assert (folder / "samples" / "step-000001.png").is_file()
-    for settings, message in (({"abilities": ["caption"]}, '"image"'), ({"image_size": [16, 16]}, "cannot be drawn")):
+    for settings, message in (
+        ({"abilities": ["caption"]}, '"image"'),
+        ({"image_size": [16, 16]}, "cannot be drawn"),
+        ({"sample_prompts": []}, "name some"),
+        ({"sampling": {"guidance": 3.0}}, r"not \['guidance'\]"),
+    ):
         with pytest.raises(ValueError, match=message):
             train_on_codes("never", 1, **{**samples, **settings})
 
@@ -983,6 +988,9 @@ def test_an_adapter_is_trained_further(train_on_codes):
     assert adapted and all("q_proj" in name or "connector.linear_1" in name for name in adapted)
     for name in whole:
         torch.testing.assert_close(whole[name], stands[name], atol=1e-6, rtol=1e-5)
+    for settings in ({"trained": ["lm_head"]}, {"head_rows": "codes"}):
+        with pytest.raises(ValueError, match=f"leave {[*settings]}".replace("[", r"\[")):
+            train_on_codes("never", 1, "base", adapter="whole", **settings)
 
 
 def test_inverted_tasks_ask_for_the_words(train_on_codes, tmp_path, tokenizer):

@@ -1,10 +1,13 @@
 import pytest
 import torch
+from huggingface_hub import constants
 from small_models import small_config
 
 from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from nextflow_hf.modeling.modeling_nextflow_vq import NextFlowVQModel
 from nextflow_hf.processing.tokenization_nextflow import train_tokenizer
+from nextflow_hf.training.recipe import Recipe
+from nextflow_hf.training.train_decoder import _decoder_of
 from nextflow_hf.training.vocabulary import with_vocabulary
 
 
@@ -54,3 +57,43 @@ def test_refuses_vocabularies_that_do_not_fit(tokenizer, larger):
     config.pixel_dim = 6
     with pytest.raises(ValueError, match="Codes of width 12"):
         with_vocabulary(model, tokenizer, tokenizer, NextFlowVQModel(config), 290)
+
+
+def going_on(start, folder, model, before, after):
+    """Save a decoder with its tokenizer, and the recipe that goes on from it, known as `start`, with another one."""
+    model.save_pretrained(folder)
+    before.save_pretrained(folder)
+    after.save_pretrained(folder.parent / "after")
+    return Recipe("decoder", "run", init_from={"decoder": str(start), "tokenizer": str(folder.parent / "after")})
+
+
+def test_as_many_other_codes_are_other_codes(tokenizer, tmp_path):
+    model = decoder(tokenizer)
+    recipe = going_on(tmp_path / "start", tmp_path / "start", model, tokenizer, tokenizer)
+    other = decoder(tokenizer).vq_model
+    same = _decoder_of(recipe, other)
+    assert torch.equal(same.lm_head.weight, model.lm_head.weight)
+    with torch.no_grad():
+        for part in (other.codebook.semantic, other.codebook.pixel):
+            part.weight.copy_(part.weight.flip(0))
+    new = _decoder_of(recipe, other)
+    before, after = (own.get_input_embeddings().weight for own in (model, new))
+    known = slice(len(tokenizer))
+    assert torch.equal(after[290:], before[290:].flip(0)) and torch.equal(after[known], before[known])
+    assert torch.equal(new.lm_head.weight[290:], model.lm_head.weight[290:].flip(0))
+    assert new.config.codebook_fingerprint == other.fingerprint()
+
+
+def test_a_decoder_of_the_hub_brings_its_own_tokenizer(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--own--decoder"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    after = train_tokenizer(["user\ndraw circle 1 which", "assistant\ncircle 2"] * 50, 300)
+    model = decoder(tokenizer)
+    recipe = going_on("own/decoder", repository / "snapshots" / ("0" * 40), model, tokenizer, after)
+    rows = _decoder_of(recipe, decoder(tokenizer).vq_model).get_input_embeddings().weight
+    for token, index in after.get_vocab().items():
+        if token in tokenizer.get_vocab():
+            assert torch.equal(rows[index], model.get_input_embeddings().weight[tokenizer.get_vocab()[token]])
