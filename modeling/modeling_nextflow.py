@@ -20,7 +20,7 @@ from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .block_attention import BLOCK_VARLEN, find_runs
 from .chunked_cross_entropy import chunked_cross_entropy, chunked_log_probs
@@ -36,6 +36,8 @@ from .image_layout import (
 )
 from .modeling_nextflow_vq import NextFlowVQModel, OwnsImageTokenizer
 from .scale_schedule import Grid
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -67,7 +69,8 @@ class NextFlowOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor`, *optional*): `text_loss` + `image_loss`.
         logits (`torch.FloatTensor` of shape `(batch, kept, vocab_size)`, *optional*):
-            Scores over text tokens and codes; not computed where a loss is asked for.
+            Scores over text tokens and codes; not computed where a loss is asked for, in evaluation neither: `Trainer`
+            calls `compute_metrics` without predictions.
         past_key_values (`Cache`, *optional*): The key-value cache.
         hidden_states (`tuple[torch.FloatTensor]`, *optional*): Input of every layer and the output of the last.
         attentions (`tuple[torch.FloatTensor]`, *optional*): Attention weights of every layer.
@@ -327,6 +330,12 @@ class NextFlowModel(NextFlowPreTrainedModel):
         """
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Give `input_ids` or `inputs_embeds`.")
+        image_labels = kwargs.pop("image_labels", None)
+        if image_labels is not None and bool((image_labels != -100).any()):
+            raise ValueError(
+                "`image_labels` came to the decoder without its head, which would learn nothing of the pictures: TRL's "
+                "trainers go past the model's own loss. Use `nextflow_hf.training.sft.NextFlowSFTTrainer` or `Trainer`."
+            )
         if document_ids is not None:
             _check_documents(document_ids, inputs_embeds if input_ids is None else input_ids, past_key_values)
             attention_mask = (document_ids >= 0).long()
@@ -506,7 +515,8 @@ class NextFlowForConditionalGeneration(OwnsImageTokenizer, NextFlowPreTrainedMod
 
         Args:
             labels: `(batch, length)` text labels, shifted inside as usual; -100 where there is none. Labels at
-                `<eoi>` and at placeholders are ignored: slots predict codes.
+                `<eoi>` and at placeholders are ignored: slots predict codes, so pictures are learned by `image_labels`
+                alone.
             image_labels: `(images, num_codes)` codes that the slots are to predict, aligned (not shifted); -100 where
                 there is none. With self-correction they differ from `image_codes`, which the slots are fed.
             shift_labels: `(batch, length)` text labels that are shifted already, instead of `labels`.
@@ -594,7 +604,13 @@ class NextFlowForConditionalGeneration(OwnsImageTokenizer, NextFlowPreTrainedMod
         rows, labels = [], []
         if shift_labels is not None:
             # Slots predict codes, and `<eoi>` is forced.
-            ignored = (shift_labels == self.config.image_token_id) | (shift_labels == self.config.eoi_token_id)
+            is_slot = shift_labels == self.config.image_token_id
+            if image_labels is None and bool(is_slot.any()):
+                logger.warning_once(
+                    "`labels` at pictures' placeholders are ignored, and no `image_labels` say what the pictures are: "
+                    "text is learned, pictures are not. `nextflow_hf.training.conversation_collator` labels both."
+                )
+            ignored = is_slot | (shift_labels == self.config.eoi_token_id)
             labelled = (shift_labels != -100) & ~ignored
             rows.append(hidden_states[labelled])
             labels.append(shift_labels[labelled])

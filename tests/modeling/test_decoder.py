@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from small_models import small_config, small_model
 from transformers import DynamicCache
 
+from nextflow_hf.modeling import modeling_nextflow
 from nextflow_hf.modeling.configuration_nextflow import NextFlowConfig, NextFlowVQConfig
 from nextflow_hf.modeling.image_layout import layout_sequences
 from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
@@ -263,6 +264,27 @@ def test_loss_by_hand(model):
     torch.testing.assert_close(output.text_loss, torch.stack(text).mean())
     torch.testing.assert_close(output.loss, output.text_loss + output.image_loss)
     assert output.logits is None
+
+
+def test_labels_at_pictures_without_codes_are_warned_of_once(model, monkeypatch):
+    """Text alone would be learned, and nothing would say so."""
+    batch, warnings = batch_of_images(model.config), []
+    monkeypatch.setattr(modeling_nextflow.logger, "warning_once", warnings.append)
+    codes = batch["image_codes"].masked_fill(batch["image_codes"] < 0, -100)
+    model(**batch, labels=batch["input_ids"], image_labels=codes)
+    model(**batch, labels=batch["input_ids"].masked_fill(batch["input_ids"] == model.config.image_token_id, -100))
+    assert not warnings
+    model(**batch, labels=batch["input_ids"])
+    assert "pictures are not" in warnings[0]
+
+
+def test_labels_of_pictures_are_refused_where_the_head_is_passed_by(model):
+    """As TRL's trainer does, which makes a loss of its own from the hidden states."""
+    batch = batch_of_images(model.config)
+    with pytest.raises(ValueError, match="NextFlowSFTTrainer"):
+        model.model(**batch, image_labels=batch["image_codes"])
+    looked_at = torch.full_like(batch["image_codes"], -100)
+    assert model.model(**batch, image_labels=looked_at).last_hidden_state.isfinite().all()
 
 
 def test_the_papers_weights_at_the_1024_level():
