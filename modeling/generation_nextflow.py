@@ -10,12 +10,20 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Integral
 from queue import Queue
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StaticCache,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
@@ -248,14 +256,15 @@ class NextScaleGenerationMixin(GenerationMixin):
             generation_mode: `"text"` (default), `"image"` or `"interleaved"`.
             kwargs: In `"text"` mode, those of transformers' `generate`. In `"interleaved"` mode these for its text, and
                 `image_size`, `seed`, `max_images` (pictures per prompt at most; 8 by default) and
-                `image_guidance_scale`, `image_temperature`, `image_top_k`, `image_top_p` for its pictures. In `"image"`
-                mode the prompts (`input_ids`, `attention_mask`, and `pixel_values` or `image_codes` with `image_grids`
-                for images they hold) and:
+                `image_guidance_scale`, `image_temperature`, `image_top_k`, `image_top_p` for its pictures;
+                `max_new_tokens` is 256 where nothing says another number. In `"image"` mode the prompts (`input_ids`,
+                `attention_mask`, and `pixel_values` or `image_codes` with `image_grids` for images they hold) and:
 
                 * `image_size`: (height, width) in pixels, or one pair per prompt. By default the checkpoint's first
                   trained size, or the lowest resolution of the schedule.
                 * `guidance_scale`, `temperature`, `top_k`, `top_p`: see [`ImageSampling`]; the last three may be lists,
-                  one number per scale. Defaults come from `image_*` entries of the checkpoint's generation config.
+                  one number per scale. Defaults come from `image_*` entries of `generation_config` where one is given,
+                  else of the checkpoint's; its other entries are of text.
                 * `seed`: one number (prompt i is drawn with seed + i), or one per prompt. A picture depends on its own
                   seed alone, not on what else is in the batch.
                 * `generator`: `torch.Generator`, or one per prompt, instead of `seed`.
@@ -284,7 +293,10 @@ class NextScaleGenerationMixin(GenerationMixin):
         Raises:
             ValueError: If an argument is unknown or out of range, or the checkpoint lacks the ability.
         """
-        mode = generation_mode or getattr(self.generation_config, "generation_mode", None) or "text"
+        given = kwargs.get("generation_config")
+        if given is not None and not isinstance(given, GenerationConfig):
+            raise ValueError(f"`generation_config` must be a `GenerationConfig`, got {type(given).__name__}.")
+        mode = generation_mode or self._setting("generation_mode", given) or "text"
         if mode not in GENERATION_MODES:
             raise ValueError(f"`generation_mode` must be one of {GENERATION_MODES}, got {mode!r}.")
         if inputs is not None:
@@ -407,6 +419,7 @@ class NextScaleGenerationMixin(GenerationMixin):
         temperature: float | Sequence[float] | None = None,
         top_k: int | Sequence[int] | None = None,
         top_p: float | Sequence[float] | None = None,
+        generation_config: GenerationConfig | None = None,
         **unknown,
     ) -> NextFlowImageOutput:
         # 1. Check everything before any work is done.
@@ -415,8 +428,10 @@ class NextScaleGenerationMixin(GenerationMixin):
         input_ids, attention_mask = self._check_prompts(input_ids, attention_mask)
         batch = len(input_ids)
         sampling = self._image_sampling(
-            guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p
+            generation_config, guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p
         )
+        if resampling is None:
+            resampling = self._setting("image_resampling", generation_config)
         passes = self._check_resampling(resampling, sampling, cache_implementation)
         if passes and mask is not None:
             raise ValueError("Give a `mask` or `resampling`, not both.")
@@ -760,11 +775,12 @@ class NextScaleGenerationMixin(GenerationMixin):
         image_size: tuple[int, int] | None = None,
         seed: int | Sequence[int] | None = None,
         max_images: int = 8,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         image_guidance_scale: float | None = None,
         image_temperature: float | Sequence[float] | None = None,
         image_top_k: int | Sequence[int] | None = None,
         image_top_p: float | Sequence[float] | None = None,
+        generation_config: GenerationConfig | None = None,
         **text_kwargs,
     ) -> NextFlowInterleavedOutput:
         """Text until `<boi>`, a picture, `<eoi>`, and so on: the prompts' first text at once, then each on its own.
@@ -772,9 +788,15 @@ class NextScaleGenerationMixin(GenerationMixin):
         A prompt ends with the end-of-turn token, with its `max_new_tokens`-th text token, or when `<boi>` comes after
         `max_images` pictures.
         """
+        setting = partial(self._setting, generation_config=generation_config)
+        if max_new_tokens is None:
+            max_new_tokens = setting("max_new_tokens") or 256
         if max_images < 0 or max_new_tokens < 1:
             raise ValueError(f"Need max_images >= 0 and max_new_tokens >= 1, got {max_images} and {max_new_tokens}.")
-        if text_kwargs.get("num_return_sequences", 1) != 1 or text_kwargs.get("return_dict_in_generate"):
+        answers, as_dict = (
+            text_kwargs.get(name, setting(name)) for name in ("num_return_sequences", "return_dict_in_generate")
+        )
+        if answers not in (None, 1) or as_dict:
             raise ValueError(
                 "Interleaved generation returns one answer for each prompt, as segments: leave out "
                 "`num_return_sequences` and `return_dict_in_generate`, and repeat the prompt for more answers."
@@ -793,9 +815,10 @@ class NextScaleGenerationMixin(GenerationMixin):
         spans = find_images(input_ids, context_grids, self.config)
         context_codes = [] if image_codes is None else [own[own >= 0] for own in image_codes]
         boi, eoi = self.config.boi_token_id, self.config.eoi_token_id
-        ends = _as_list(text_kwargs.pop("eos_token_id", self.generation_config.eos_token_id))
-        fillings = (text_kwargs.get("pad_token_id"), self.generation_config.pad_token_id, *ends, 0)
+        ends = _as_list(text_kwargs.pop("eos_token_id", setting("eos_token_id")))
+        fillings = (text_kwargs.get("pad_token_id"), setting("pad_token_id"), *ends, 0)
         text_kwargs["pad_token_id"] = pad = next(own for own in fillings if own is not None)
+        text_kwargs["generation_config"] = generation_config
         processors = [_TextVocabulary(self.config, images=True), *(text_kwargs.pop("logits_processor", None) or [])]
         first_texts = super().generate(
             input_ids=input_ids,
@@ -834,6 +857,7 @@ class NextScaleGenerationMixin(GenerationMixin):
                     temperature=image_temperature,
                     top_k=image_top_k,
                     top_p=image_top_p,
+                    generation_config=generation_config,
                 )
                 segments.append(picture.images[0])
                 drawn.append(picture.codes[0])
@@ -855,19 +879,22 @@ class NextScaleGenerationMixin(GenerationMixin):
 
     # ---- arguments ---------------------------------------------------------------------------------------------------
 
-    def _image_sampling(self, **given) -> ImageSampling:
-        """Arguments, else the checkpoint's `image_*` generation settings, else VAR-RL's."""
+    def _setting(self, name: str, generation_config: GenerationConfig | None):
+        """An entry of a call's generation config, else of the checkpoint's; `None` where neither has it."""
+        values = [getattr(own, name, None) for own in (generation_config, self.generation_config)]
+        return values[1] if values[0] is None else values[0]
+
+    def _image_sampling(self, generation_config: GenerationConfig | None, **given) -> ImageSampling:
+        """Arguments, else the `image_*` generation settings, else VAR-RL's."""
         chosen = {}
         for name, value in given.items():
             if value is None:
-                value = getattr(self.generation_config, f"image_{name}", None)
+                value = self._setting(f"image_{name}", generation_config)
             chosen[name] = DEFAULT_SAMPLING[name] if value is None else value
         return ImageSampling(**chosen)
 
     def _check_resampling(self, resampling, sampling: ImageSampling, cache_implementation: str) -> list[ImageSampling]:
         """Sampling of the passes that draw a scale anew."""
-        if resampling is None:
-            resampling = getattr(self.generation_config, "image_resampling", None)
         if not resampling:
             return []
         if self.config.visual_input != "accumulated":

@@ -254,6 +254,47 @@ def test_sampling_defaults_come_from_the_checkpoint(tmp_path):
     assert_same_pictures(plain, explicit)
 
 
+def test_a_given_generation_config_stands_before_the_checkpoints_and_behind_keywords():
+    model = small_model()
+    model.generation_config = GenerationConfig(image_guidance_scale=0.0, image_top_k=3, image_temperature=0.5)
+    given = GenerationConfig(image_top_k=1, image_top_p=0.9, max_new_tokens=5)
+    call = {**PROMPTS, "generation_mode": "image", "image_size": SIZES, "seed": 7, "generation_config": given}
+    explicit = draw(model, guidance_scale=0.0, top_k=1, temperature=0.5, top_p=0.9)
+    assert_same_pictures(model.generate(**call), explicit)
+    other = draw(model, guidance_scale=0.0, top_k=9, temperature=0.5, top_p=0.9)
+    assert_same_pictures(model.generate(**call, top_k=9), other)
+    assert any(not torch.equal(*own) for own in zip(explicit.codes, other.codes))
+    with pytest.raises(ValueError, match="must be a `GenerationConfig`, got dict"):
+        model.generate(**{**call, "generation_config": {"image_top_k": 1}})
+
+
+def test_interleaved_generation_takes_a_generation_config():
+    model = small_model()
+    with torch.no_grad():
+        # Begin-of-image is certain to come.
+        model.lm_head.weight[3] = 0
+        model.lm_head.weight[:64] *= 1e-3
+    given = GenerationConfig(image_guidance_scale=0.0, image_top_k=1, max_new_tokens=4, eos_token_id=2, do_sample=True)
+    call = {"generation_mode": "interleaved", "image_size": (16, 16), "seed": 7, "generation_config": given}
+    torch.manual_seed(0)
+    out = model.generate(torch.tensor([[7, 8]]), **call)
+    # The tokens that ask for pictures count, but are no text.
+    texts = [own for own in out.segments[0] if not own.is_floating_point()]
+    assert sum(map(len, texts)) + len(out.codes[0]) <= 4
+    torch.manual_seed(0)
+    named = {**call, "image_guidance_scale": 0.0, "image_top_k": 1, "max_new_tokens": 4, "do_sample": True}
+    model.generation_config.eos_token_id = 2
+    del named["generation_config"]
+    again = model.generate(torch.tensor([[7, 8]]), **named)
+    assert len(out.segments[0]) == len(again.segments[0])
+    assert all(torch.equal(*own) for own in zip(out.segments[0], again.segments[0]))
+    longer = model.generate(torch.tensor([[7, 8]]), **call, max_new_tokens=30, suppress_tokens=[2, 3])
+    assert len(longer.segments[0][0]) == 30
+    with pytest.raises(ValueError, match="num_return_sequences"):
+        given.num_return_sequences = 2
+        model.generate(torch.tensor([[7, 8]]), **call)
+
+
 # ---- watching --------------------------------------------------------------------------------------------------------
 
 

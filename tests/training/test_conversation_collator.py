@@ -12,7 +12,6 @@ from trl import SFTConfig, SFTTrainer
 from nextflow_hf.training.conversation_collator import NextFlowDataCollator
 from nextflow_hf.training.sft import NextFlowSFTTrainer
 
-
 DRAWN, SHOWN = (Image.fromarray(Dots().image(index)) for index in (0, 5))
 IMAGE = {"type": "image"}
 
