@@ -53,6 +53,12 @@ class NextFlowAnyToAnyPipeline(AnyToAnyPipeline):
             return super()._sanitize_parameters(
                 generate_kwargs=generate_kwargs, generation_mode=generation_mode, **kwargs
             )
+        if generation_mode == "interleaved":
+            raise ValueError(
+                'An any-to-any pipeline answers with a text or with a picture (generation_mode="image"). Text and '
+                "pictures in turn come from `nextflow_hf.inference.tell`, or from `generate` of the model with "
+                'generation_mode="interleaved".'
+            )
         drawing = {name: kwargs.pop(name) for name in _DRAWING_ARGUMENTS if name in kwargs}
         preprocess, forward, postprocess = super()._sanitize_parameters(
             generate_kwargs={**(generate_kwargs or {}), **drawing}, generation_mode=generation_mode, **kwargs

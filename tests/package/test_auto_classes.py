@@ -121,6 +121,11 @@ def test_any_to_any_answers_about_a_picture(checkpoint):
     assert isinstance(out[0]["generated_text"], str)
 
 
+def test_any_to_any_says_where_text_and_pictures_in_turn_come_from(checkpoint):
+    with pytest.raises(ValueError, match="nextflow_hf.inference.tell"):
+        pipeline("any-to-any", model=str(checkpoint))(text="a story", generation_mode="interleaved")
+
+
 def test_text_to_image(checkpoint):
     pipe = pipeline("text-to-image", model=str(checkpoint))
     one = pipe("a red circle", seed=3, image_size=(32, 32))
