@@ -1,12 +1,21 @@
 """Recipes: one YAML file per training stage."""
 
+import json
+import logging
+import os
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import yaml
 
+logger = logging.getLogger(__name__)
+
 RECIPES = Path(__file__).parent / "recipes"
+# Entries by which a run may go on otherwise: how long, what it writes beside its weights, and by how many workers.
+_FREE_ENTRIES = re.compile(
+    r"output_dir|stage_args\.sample_\w+|trainer\.(max_steps|(save|logging|dataloader)_\w+|report_to|run_name|disable_tqdm)"
+)
 
 
 class _Loader(yaml.SafeLoader):
@@ -58,7 +67,7 @@ def load_recipe(name: str, overrides: list[str] = ()) -> Recipe:
     if not path.is_file():
         known = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
         raise ValueError(f"There is no recipe {name!r}; the package has {known}, or give the path of a YAML file.")
-    content = yaml.load(path.read_text(), _Loader)
+    content = yaml.load(path.read_text(), _Loader) or {}
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
@@ -66,8 +75,12 @@ def load_recipe(name: str, overrides: list[str] = ()) -> Recipe:
         *parents, last = key.split(".")
         place = content
         for parent in parents:
-            place = place.setdefault(parent, {})
+            if place.get(parent) is None:
+                place[parent] = {}
+            place = place[parent]
         place[last] = yaml.load(value, _Loader)
+    # A name with nothing behind it, such as `trainer:`, says nothing.
+    content = {name: own for name, own in content.items() if own is not None}
     unknown = set(content) - {own.name for own in fields(Recipe)}
     if unknown:
         raise ValueError(f"Recipe {path.name} has unknown entries {sorted(unknown)}.")
@@ -75,3 +88,31 @@ def load_recipe(name: str, overrides: list[str] = ()) -> Recipe:
     if missing:
         raise ValueError(f"Recipe {path.name} lacks {sorted(missing)}.")
     return Recipe(**content)
+
+
+def note_recipe(recipe: Recipe) -> None:
+    """Write a recipe beside its run as `recipe.json`, and warn where the run that is there is another recipe's."""
+    folder = Path(recipe.output_dir)
+    path = folder / "recipe.json"
+    content = json.loads(json.dumps(asdict(recipe), default=str))
+    if path.is_file() and ((folder / "final").exists() or any(folder.glob("checkpoint-*"))):
+        then, now = flat_entries(json.loads(path.read_text())), flat_entries(content)
+        names = sorted(name for name in {*then, *now} if not _FREE_ENTRIES.fullmatch(name))
+        changes = [f"{name} {then.get(name)} -> {now.get(name)}" for name in names if then.get(name) != now.get(name)]
+        if changes:
+            logger.warning(
+                "%s holds a run of another recipe, and goes on from its last checkpoint if there is one: %s. To begin "
+                "anew, name another `output_dir`, or remove it.",
+                *(folder, ", ".join(changes)),
+            )
+    unfinished = folder / "recipe.json.unfinished"
+    unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    os.replace(unfinished, path)
+
+
+def flat_entries(entries: dict, above: str = "") -> dict:
+    """Entries by their whole names, such as `trainer.seed`."""
+    flat = {}
+    for name, own in entries.items():
+        flat |= flat_entries(own, f"{above}{name}.") if isinstance(own, dict) else {f"{above}{name}": own}
+    return flat

@@ -1,6 +1,7 @@
 """What every stage shares: transformers' `Trainer`, an average of the weights, resumption, whole files."""
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -9,17 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from .coded_documents import MixedSequences
 from .packing import PackedSequences
 from .processes import all_processes
-from .recipe import Recipe
+from .recipe import Recipe, note_recipe
 from .sharding import gathered, is_sharded, make_whole, own_part, part_of
 from .zero import check_zero, zero_arguments
+
+logger = logging.getLogger(__name__)
 
 _EMA_FILE = "ema.safetensors"
 
@@ -219,6 +224,8 @@ def run_stage(
 ) -> PreTrainedModel:
     """Train `model`, resuming from the newest checkpoint in the recipe's folder, and return it with averaged weights.
 
+    Where that is a run of another recipe, or there is nothing left to train, a warning says so.
+
     Raises:
         ValueError: If the folder cannot be written, or has no room for the checkpoints; if there is no such DeepSpeed
             configuration, no launcher has started the process, or the weights could not be averaged.
@@ -227,7 +234,8 @@ def run_stage(
             `nonfinite.json`, and the weights of the last checkpoint are good.
     """
     folder = Path(recipe.output_dir)
-    check_writable(folder, bytes_needed=_checkpoint_bytes(model))
+    # Two checkpoints are kept while the next is written, each with the average and Adam's two moments.
+    check_writable(folder, bytes_needed=3 * checkpoint_bytes(model, copies=3))
     arguments = {
         "seed": 0,
         "remove_unused_columns": False,
@@ -241,6 +249,8 @@ def run_stage(
         "accelerator_config": {"dispatch_batches": False},
         # A rank may run a model more often in a step than another: once for each size of its pictures.
         "ddp_broadcast_buffers": False,
+        # They have an order of their own, in which every document is read once before one comes again.
+        "train_sampling_strategy": "sequential" if isinstance(dataset, MixedSequences) else "random",
         **zero_arguments(recipe.trainer),
     }
     last = last_checkpoint(folder)
@@ -255,6 +265,8 @@ def run_stage(
                 "another folder, or shard by accelerate's FSDP or DeepSpeed, which resume."
             )
     args = TrainingArguments(output_dir=str(folder), **arguments)
+    if args.should_save:
+        note_recipe(recipe)
     set_seed(args.seed)
     leave_out_cudnn_attention()
     ema = EmaCallback(recipe.stage_args.get("ema_decay", 0.999), last)
@@ -273,6 +285,7 @@ def run_stage(
         check_zero(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
     if last is not None and _step_of(last) >= args.max_steps > 0:
         # Killed between its last checkpoint and its result: the weights are there.
+        logger.warning("%s has all of max_steps=%d: nothing is trained.", last, args.max_steps)
         if not trainer.is_fsdp_enabled:
             # Sharded ones are for a model that is sharded; the average has all that was trained.
             trainer._load_from_checkpoint(last)
@@ -311,11 +324,14 @@ def _step_of(checkpoint: str) -> int:
     return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
 
 
-def _checkpoint_bytes(model: PreTrainedModel) -> int:
-    """Weights, their average and Adam's two moments, of the two checkpoints that are kept and of the next."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return 3 * (weights + 3 * trained)
+def checkpoint_bytes(model: torch.nn.Module, copies: int) -> int:
+    """A checkpoint's weights, and so many copies of what is trained, such as Adam's two moments."""
+    weights, trained = (
+        sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or frozen)
+        for frozen in (True, False)
+    )
+    # Of an adapted model the adapter alone is saved.
+    return (trained if isinstance(model, PeftModel) else weights) + copies * trained
 
 
 def check_writable(folder: Path, bytes_needed: int = 0) -> None:

@@ -10,7 +10,7 @@ from transformers import set_seed
 
 from .. import ADAPTERS, BUNDLED, REFINERS
 from .extraction import ExtractionSettings, run_extraction
-from .recipe import RECIPES, Recipe, load_recipe
+from .recipe import RECIPES, Recipe, flat_entries, load_recipe
 from .rejection import REJECTION_DEFAULTS, run_rejection
 from .train_decoder import train_decoder
 from .train_grpo import train_grpo
@@ -66,7 +66,8 @@ def is_done(recipe: Recipe) -> bool:
     folder = Path(recipe.output_dir)
     if recipe.stage == "extract":
         return all((folder / name / "manifest.json").is_file() for name in recipe.data)
-    return (folder / ("tokenizer.json" if recipe.stage == "text_tokenizer" else "final")).exists()
+    results = {"text_tokenizer": "tokenizer.json", "rejection": "manifest.json"}
+    return (folder / results.get(recipe.stage, "final")).exists()
 
 
 def _train_refiner(recipe: Recipe) -> None:
@@ -109,13 +110,38 @@ STAGE_ARGS: dict[str, set[str]] = {
     "chain": {"recipes"},
 }
 
+# What each of them needs, whatever its recipe; see `_needed` for what depends on that.
+REQUIRED: dict[str, list[str]] = {
+    "teacher": ["init_from.tokenizer", "source.class"],
+    "vq": ["source.class"],
+    "extract": ["init_from.vq"],
+    "rejection": ["init_from.decoder", "source.class"],
+    "decoder": ["init_from.tokenizer", "init_from.vq"],
+    "grpo": ["init_from.decoder", "source.class"],
+    "refiner": ["init_from.vq", "source.class"],
+    "chain": ["stage_args.recipes"],
+}
+
+
+def _needed(recipe: Recipe) -> list[str]:
+    """Entries without which a recipe cannot run."""
+    needed = list(REQUIRED.get(recipe.stage, ()))
+    if recipe.stage == "vq":
+        goes_on = recipe.stage_args.get("phase") in ("extend", "decoder")
+        needed.append("init_from.vq" if goes_on else "init_from.teacher")
+    if recipe.stage == "decoder" and recipe.source:
+        needed.append("stage_args.codes")
+    elif recipe.stage == "decoder" and recipe.data:
+        needed += ["stage_args.sequences", *(f"data.{name}.codes" for name in recipe.data)]
+    return needed
+
 
 def run_recipe(recipe: Recipe) -> None:
     """Run a recipe's stage.
 
     Raises:
-        ValueError: If there is no such stage, it does not know one of the `stage_args`, or a folder of `init_from` is
-            not there.
+        ValueError: If there is no such stage, it does not know one of the `stage_args` or lacks an entry, or a folder
+            of `init_from` is not there.
     """
     if recipe.stage not in STAGES:
         raise ValueError(f"A recipe's stage is one of {sorted(STAGES)}, got {recipe.stage!r}.")
@@ -124,6 +150,13 @@ def run_recipe(recipe: Recipe) -> None:
         raise ValueError(
             f"The stage {recipe.stage!r} does not know the `stage_args` {sorted(unknown)}; it knows "
             f"{sorted(STAGE_ARGS[recipe.stage])}."
+        )
+    entries = flat_entries(vars(recipe))
+    missing = [name for name in _needed(recipe) if entries.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"A recipe of the stage {recipe.stage!r} needs {missing}; write them into it, or name them as in "
+            f"{missing[0]}=..."
         )
     recipe.init_from = {role: _found(role, own) for role, own in recipe.init_from.items()}
     # New weights are drawn before the trainer sets its seed.

@@ -1,6 +1,7 @@
 """The reinforcement learning stage: [`NextFlowGRPOTrainer`] from a recipe."""
 
 import importlib
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -8,16 +9,19 @@ import torch
 
 from .data import load_source
 from .processes import all_processes
-from .recipe import Recipe
+from .recipe import Recipe, note_recipe
 from .stage_trainer import (
     FiniteCallback,
     NonFiniteError,
     check_writable,
+    checkpoint_bytes,
     leave_out_cudnn_attention,
     report_nonfinite,
     save_whole,
 )
 from .zero import check_zero, zero_arguments
+
+logger = logging.getLogger(__name__)
 
 
 def train_grpo(recipe: Recipe) -> None:
@@ -25,11 +29,12 @@ def train_grpo(recipe: Recipe) -> None:
 
     `init_from`: `decoder`, a whole checkpoint. `source`: a class of rows with `prompt` and whatever the rewards need.
     `trainer`: arguments of [`NextFlowGRPOConfig`]. `stage_args`: `rewards` (each a `function`, "module:name", its
-    `weight`, and `args` where it is a class), `region_func` ("module:name"), `lora` (arguments of
-    `peft.LoraConfig`; the result has the adapter in `adapter` and is merged in `final`), and `blend`: `final` lies this
-    far on the way from the weights of the start (0) to those after training (1, the default), which gives up a part of
-    the reward for what was not rewarded (WiSE-FT, arXiv 2109.01903). `dtype` of the weights: float32, in which small
-    steps are not lost; below `lora` the checkpoint's own. A run that was killed goes on.
+    `weight`, and `args` where it is a class), `region_func` ("module:name"), `lora` (arguments of `peft.LoraConfig`;
+    the result has the adapter in `adapter` and is merged in `final`), and `blend`: `final` lies this far on the way
+    from the weights of the start (0) to those after training (1, the default), which gives up a part of the reward for
+    what was not rewarded (WiSE-FT, arXiv 2109.01903). `dtype` of the weights: float32, in which small steps are not
+    lost; below `lora` the checkpoint's own. A run that was killed goes on; a warning says where it was another
+    recipe's, or has no step left.
 
     Raises:
         ImportError: If TRL is not installed.
@@ -66,13 +71,12 @@ def train_grpo(recipe: Recipe) -> None:
     weights = [float(own.get("weight", 1.0)) for own in stage["rewards"]]
     dtype = stage.get("dtype", "auto" if "lora" in stage else "float32")
     model = AutoModelForMultimodalLM.from_pretrained(recipe.init_from["decoder"], dtype=dtype)
-    # With the optimizer's two moments a checkpoint has three times the weights.
     taken = {"output_dir", "reward_weights"} & set(recipe.trainer)
     if taken:
         raise ValueError(
             f"{sorted(taken)} come from `output_dir` and `stage_args.rewards`; leave them out of `trainer`."
         )
-    check_writable(output, bytes_needed=3 * 4 * model.num_parameters())
+    check_writable(output)
     leave_out_cudnn_attention()
     model.vq_model.requires_grad_(False)
     processor = AutoProcessor.from_pretrained(recipe.init_from["decoder"])
@@ -94,11 +98,16 @@ def train_grpo(recipe: Recipe) -> None:
     )
     if trainer.is_deepspeed_enabled:
         check_zero(trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
+    # What is trained is known by now; a checkpoint has Adam's two moments of it.
+    check_writable(output, bytes_needed=checkpoint_bytes(trainer.model, copies=2))
+    if trainer.is_world_process_zero():
+        note_recipe(recipe)
     checkpoint = _last_checkpoint(output)
     state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)) if checkpoint else None
     was_finished = state is not None and state.global_step >= trainer.args.max_steps > 0
     if was_finished:
         # Killed between its last step and its result; going on would take a step more.
+        logger.warning("%s has all of max_steps=%d: nothing is trained.", checkpoint, trainer.args.max_steps)
         trainer._load_from_checkpoint(checkpoint)
         trainer.state = state
     else:

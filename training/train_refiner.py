@@ -76,15 +76,14 @@ def train_refiner(recipe: Recipe) -> None:
     The source's pictures are of twice the size that the tokenizer sees.
 
     Raises:
-        ValueError: If the recipe has no start that it could train from, or a share is none.
+        ValueError: If the recipe has no start that it could train from, a share is none, or a refiner goes on without
+            the text encoders that told it captions.
     """
     stage = recipe.stage_args
     shares = {name: stage.get(name, default) for name, default in (("doubled", 0.3), ("caption_dropout", 0.2))}
     for name, share in shares.items():
         if not 0 <= share <= 1:
             raise ValueError(f"`{name}` is a share in [0, 1], got {share}.")
-    if "vq" not in recipe.init_from:
-        raise ValueError("A refiner is trained on a tokenizer; name it as `init_from.vq`.")
     if "refiner" in recipe.init_from and recipe.config:
         raise ValueError(f"A refiner that goes on keeps its configuration; leave {sorted(recipe.config)} out.")
     if "base" in recipe.init_from and stage.get("base_pipeline") not in _DENOISERS:
@@ -112,6 +111,12 @@ def train_refiner(recipe: Recipe) -> None:
         own = {name: model.config[name] for name in ("semantic_dim", "pixel_dim", "feature_dim")}
         if own != {name: config[name] for name in own}:
             raise ValueError(f"The refiner was made for codes of {own}, the tokenizer's are {config}.")
+        # So many states stand for no caption where a base's text encoders told of captions.
+        if base is None and model.config.no_caption_tokens > 1 and shares["caption_dropout"] < 1:
+            raise ValueError(
+                "This refiner was told captions by the text encoders of a base, without which it would be trained on "
+                "none; name it as `init_from.base`, or say `caption_dropout: 1`."
+            )
     elif base is not None:
         denoiser, vae = getattr(base, _DENOISERS[type(base).__name__]), base.vae
         patch = 2 if type(base).__name__ == "FluxPipeline" else 1

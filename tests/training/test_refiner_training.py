@@ -192,12 +192,17 @@ def test_a_base_of_flux_is_taken_from_its_pipeline(parts, tmp_path):
     assert refiner.vae is not None and refiner.refiner.config.sample_channels == 4
     inputs = {"prompt_embeds": torch.randn(1, 5, 12), "pooled_prompt_embeds": torch.randn(1, 16)}
     assert refiner(Image.new("RGB", (32, 32)), num_inference_steps=2, **inputs).images[0].size == (32, 32)
+    # Going on without the base's text encoders would be training without captions.
+    start = {"vq": parts["vq"], "refiner": str(tmp_path / "run" / "final")}
+    with pytest.raises(ValueError, match="name it as `init_from.base`"):
+        run_recipe(recipe_of(start, tmp_path / "on", config={}))
+    run_recipe(recipe_of(start, tmp_path / "on", steps=1, config={}, stage_args={"caption_dropout": 1.0}))
 
 
 def test_recipes_that_cannot_work_are_refused_before_anything_is_loaded(parts, tmp_path):
     for change, message in (
         ({"stage_args": {"doubled": 1.5}}, "`doubled` is a share"),
-        ({"init_from": {"tokenizer": "a"}}, "name it as `init_from.vq`"),
+        ({"init_from": {"tokenizer": "a"}}, r"needs \['init_from.vq'\]"),
         ({"init_from": {**parts, "refiner": "b"}}, "keeps its configuration; leave"),
         ({"init_from": {**parts, "base": "a"}, "stage_args": {}}, "`base_pipeline` is one of"),
     ):

@@ -27,7 +27,14 @@ from nextflow_hf.training.documents import load_reader
 from nextflow_hf.training.grpo import NextFlowGRPOConfig
 from nextflow_hf.training.recipe import RECIPES, Recipe, load_recipe
 from nextflow_hf.training.sequences import CodedImage, SequenceBuilder
-from nextflow_hf.training.stage_trainer import EmaCallback, NonFiniteError, check_writable, run_stage, save_whole
+from nextflow_hf.training.stage_trainer import (
+    EmaCallback,
+    NonFiniteError,
+    check_writable,
+    checkpoint_bytes,
+    run_stage,
+    save_whole,
+)
 from nextflow_hf.training.stages import STAGES, run_recipe
 from nextflow_hf.training.train_decoder import DrawAndReadDataset, _set_entries
 from nextflow_hf.training.train_vq import _mean_losses, by_size, train_teacher
@@ -610,6 +617,34 @@ def test_the_bundled_checkpoint_and_adapter_are_all_that_mini_look_starts_from(t
     assert all(torch.equal(after[name], own.float()) for name, own in before.items())
 
 
+@pytest.mark.parametrize(
+    ("recipe", "missing"),
+    [
+        (Recipe("teacher", "x", source={"class": "dots:Dots"}), "init_from.tokenizer"),
+        (Recipe("vq", "x", source={"class": "dots:Dots"}, init_from={"vq": "mini"}), "init_from.teacher"),
+        (Recipe("vq", "x", source={"class": "dots:Dots"}, stage_args={"phase": "extend"}), "init_from.vq"),
+        (Recipe("extract", "x", data={"draw": {}}), "init_from.vq"),
+        (Recipe("grpo", "x", source={"class": "dots:Dots"}), "init_from.decoder"),
+        (Recipe("decoder", "x", source={"class": "dots:Dots"}, init_from={"vq": "mini", "tokenizer": "mini"}), "codes"),
+        (Recipe("decoder", "x", data={"draw": {"weight": 1}}), "data.draw.codes"),
+        (Recipe("decoder", "x", data={"draw": {"codes": "y"}}), "stage_args.sequences"),
+        (Recipe("chain", "x"), "stage_args.recipes"),
+    ],
+)
+def test_a_recipe_that_lacks_what_its_stage_needs_is_told_so(recipe, missing):
+    with pytest.raises(ValueError, match=f"needs .*{missing}'"):
+        run_recipe(recipe)
+
+
+def test_names_with_nothing_behind_them_say_nothing(tmp_path):
+    (tmp_path / "own.yaml").write_text("stage: decoder\noutput_dir: x\ntrainer:\ndata:\n")
+    recipe = load_recipe(str(tmp_path / "own.yaml"), ["trainer.max_steps=5"])
+    assert recipe.trainer == {"max_steps": 5} and recipe.data == {}
+    (tmp_path / "own.yaml").write_text("")
+    with pytest.raises(ValueError, match="lacks"):
+        load_recipe(str(tmp_path / "own.yaml"))
+
+
 def test_overrides():
     recipe = load_recipe("mini-pretrain-64", ["trainer.max_steps=7", "stage_args.abilities=[image]"])
     assert recipe.trainer["max_steps"] == 7 and recipe.stage_args["abilities"] == ["image"]
@@ -704,6 +739,25 @@ def test_a_run_killed_before_its_result_takes_it_from_the_last_checkpoint(tmp_pa
     assert (
         json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == json.loads(log)["global_step"] == 4
     )
+
+
+def test_a_folder_with_a_run_of_another_recipe_is_gone_on_with_and_told(tmp_path, caplog):
+    train_dots(tmp_path, max_steps=2)
+    train_dots(tmp_path, max_steps=4, save_steps=1)
+    assert not caplog.text
+    train_dots(tmp_path, max_steps=4, learning_rate=0.5)
+    assert "another recipe" in caplog.text and "trainer.learning_rate None -> 0.5" in caplog.text
+    assert "max_steps=4: nothing is trained" in caplog.text
+    assert json.loads((tmp_path / "recipe.json").read_text())["trainer"]["learning_rate"] == 0.5
+
+
+def test_checkpoints_of_an_adapted_model_need_no_room_for_the_rest():
+    from peft import LoraConfig, get_peft_model
+
+    model = torch.nn.Sequential(torch.nn.Linear(1000, 1000, bias=False))
+    assert checkpoint_bytes(model, copies=3) == 4 * 4 * 1000 * 1000
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
+    assert checkpoint_bytes(adapted, copies=3) == 4 * 4 * 2 * 2000
 
 
 def test_a_disk_without_room_is_an_error_before_the_first_step(tmp_path):
@@ -852,6 +906,17 @@ def test_the_decoder_trains_on_packed_documents_of_extracted_datasets(train_on_c
     # It is a whole checkpoint, with the processor that fits it.
     processor = AutoProcessor.from_pretrained(folder / "final")
     assert isinstance(processor, NextFlowProcessor) and processor.image_processor.resolution == 32
+
+
+def test_documents_are_read_in_their_order_and_a_break_changes_nothing(train_on_codes, monkeypatch):
+    read = []
+    item = MixedSequences.__getitem__
+    monkeypatch.setattr(MixedSequences, "__getitem__", lambda own, index: (read.append(index), item(own, index))[1])
+    folder = train_on_codes("whole", 4)
+    assert read[:8] == [*range(8)]
+    shutil.rmtree(train_on_codes("parted", 2) / "final")
+    whole, parted = weights_in(folder), weights_in(train_on_codes("parted", 4))
+    assert all(torch.equal(whole[name], parted[name]) for name in whole)
 
 
 @pytest.mark.parametrize(
@@ -1022,11 +1087,14 @@ def test_a_chain_runs_what_has_not_run(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     for name in "ab":
-        (tmp_path / f"{name}.yaml").write_text(f"stage: teacher\noutput_dir: runs/{name}\n")
+        start = 'init_from: {tokenizer: mini}\nsource: {class: "dots:Dots"}'
+        (tmp_path / f"{name}.yaml").write_text(f"stage: teacher\noutput_dir: runs/{name}\ntrainer:\n{start}\n")
     chain = Recipe(stage="chain", output_dir="runs", stage_args={"recipes": ["a.yaml", "b.yaml"]})
     make("runs/a")
     run_recipe(chain)
     assert ran == ["runs/b"]
+    (tmp_path / "runs" / "manifest.json").write_text("{}")
+    assert stages.is_done(Recipe("rejection", "runs")) and not stages.is_done(Recipe("grpo", "runs"))
     with pytest.raises(ValueError, match="no recipe"):
         run_recipe(Recipe(stage="chain", output_dir="runs", stage_args={"recipes": ["a.yaml", "c.yaml"]}))
 
