@@ -153,9 +153,10 @@ def bundle_refiner(run: Path, name: str) -> Path:
         The folder.
 
     Raises:
-        ValueError: If it is too large, or was trained on another tokenizer than the checkpoint's of that name.
+        ValueError: If it is too large, was trained on another tokenizer than the checkpoint's of that name, or that
+            checkpoint has no refiner in the box.
     """
-    target = Path(REFINERS[name])
+    target = _place_of(name, REFINERS, "refiner")
     pipeline = NextFlowRefinerPipeline.from_pretrained(run / "final")
     load_refiner(pipeline, load(name)[0])
     log = json.loads((run / "trainer_state.json").read_text())["log_history"]
@@ -189,16 +190,17 @@ def bundle_adapter(run: Path, name: str, **evaluation) -> dict:
         The scores.
 
     Raises:
-        ValueError: If it is too large, or scores no better than the one that is there.
+        ValueError: If it is too large, holds numbers that half precision does not, scores no better than the one that
+            is there, or the checkpoint of that name has no adapter in the box.
     """
-    target, candidate = Path(ADAPTERS[name]), run / "candidate"
+    target, candidate = _place_of(name, ADAPTERS, "adapter"), run / "candidate"
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = f"nextflow-{name}"
     weights = load_file(run / "adapter" / "adapter_model.safetensors")
     log = json.loads((run / "trainer_state.json").read_text())["log_history"]
 
     def save(folder: Path) -> None:
-        halves = {key: own.half().contiguous() for key, own in weights.items()}
+        halves = {key: _half(key, own).contiguous() for key, own in weights.items()}
         save_file(halves, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
         (folder / _LOG).write_text(json.dumps({run.name: log}, indent=1) + "\n")
@@ -216,6 +218,13 @@ def bundle_adapter(run: Path, name: str, **evaluation) -> dict:
     return result
 
 
+def _place_of(name: str, places: dict[str, str], kind: str) -> Path:
+    """Where the box has what belongs to a checkpoint."""
+    if name not in places:
+        raise ValueError(f"The box has a place for the {kind} of {sorted(places)}, not of {name!r}.")
+    return Path(places[name])
+
+
 def _halves(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The weights in half precision, as they lie on the disk; the configuration's dtype is that in which they load.
 
@@ -225,10 +234,15 @@ def _halves(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     state = model.state_dict()
     for name, own in state.items():
         if own.is_floating_point() and ".codebook." not in f".{name}":
-            state[name] = halves.setdefault((own.data_ptr(), own.shape), own.half())
-            if not torch.isfinite(state[name]).all():
-                raise ValueError(f"{name} holds numbers that half precision does not.")
+            state[name] = halves.setdefault((own.data_ptr(), own.shape), _half(name, own))
     return state
+
+
+def _half(name: str, weight: torch.Tensor) -> torch.Tensor:
+    half = weight.half()
+    if not torch.isfinite(half).all():
+        raise ValueError(f"{name} holds numbers that half precision does not.")
+    return half
 
 
 def _drop_code(folder: Path) -> None:
@@ -251,9 +265,10 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("name", choices=BUNDLED)
     parser.add_argument("decoder", help="name of the run")
-    parser.add_argument("--vq", help="name of a run with a better pixel decoder for the same codes")
-    parser.add_argument("--refiner", action="store_true", help="the run is a refiner's")
-    parser.add_argument("--adapter", action="store_true", help="the run is an adapter's")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--vq", help="name of a run with a better pixel decoder for the same codes")
+    kind.add_argument("--refiner", action="store_true", help="the run is a refiner's")
+    kind.add_argument("--adapter", action="store_true", help="the run is an adapter's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

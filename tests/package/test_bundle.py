@@ -1,11 +1,14 @@
 """Which checkpoint may take another's place in the box."""
 
+import json
+import sys
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_models import small_model
 
-from nextflow_hf.bundle import _halves, check_better, scores_of
+from nextflow_hf.bundle import _halves, bundle_adapter, bundle_refiner, check_better, main, scores_of
 from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
 
 
@@ -82,3 +85,24 @@ def test_half_precision_on_disk_loads_as_what_it_was(tmp_path):
     assert loaded.lm_head.weight is loaded.model.language_model.embed_tokens.weight
     for before, after in zip(model.parameters(), loaded.parameters()):
         torch.testing.assert_close(after, before, rtol=2**-10, atol=2**-20)
+
+
+def test_what_the_box_has_no_place_for_is_refused(tmp_path, monkeypatch, capsys):
+    for bundle, kind in ((bundle_adapter, "adapter"), (bundle_refiner, "refiner")):
+        with pytest.raises(ValueError, match=rf"the {kind} of \['mini'\], not of 'mini-words'"):
+            bundle(tmp_path, "mini-words")
+    for kind in ("--adapter", "--refiner"):
+        monkeypatch.setattr(sys, "argv", ["bundle", str(tmp_path), "mini", "run", "--vq", "vq", kind])
+        with pytest.raises(SystemExit):
+            main()
+        assert "not allowed with argument --vq" in capsys.readouterr().err
+
+
+def test_an_adapter_beyond_half_precision_is_refused(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"r": 1}))
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": []}))
+    save_file({"lora_A": torch.tensor([1e6])}, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="lora_A holds numbers that half precision does not"):
+        bundle_adapter(tmp_path, "mini")
+    assert not (tmp_path / "candidate").exists()
