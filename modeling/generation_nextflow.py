@@ -884,7 +884,7 @@ class NextScaleGenerationMixin(GenerationMixin):
         values = [getattr(own, name, None) for own in (generation_config, self.generation_config)]
         return values[1] if values[0] is None else values[0]
 
-    def _image_sampling(self, generation_config: GenerationConfig | None, **given) -> ImageSampling:
+    def _image_sampling(self, generation_config: GenerationConfig | None = None, **given) -> ImageSampling:
         """Arguments, else the `image_*` generation settings, else VAR-RL's."""
         chosen = {}
         for name, value in given.items():
