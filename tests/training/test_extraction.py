@@ -272,11 +272,8 @@ def test_broken_records_are_left_out_and_named(tmp_path, vq_model):
     assert manifest["records"] == 11 and manifest["documents"] == 8 == len(CodedDocuments(tmp_path / "dots"))
     assert [own.split(":")[0] for own in manifest["broken"]] == ["record dot-2", "record dot-7", "record strip"]
     strict = ExtractionSettings(resolution=32, shard_size=4, max_broken=1)
-    # Given again, the command does not end with what was made.
-    for _ in range(2):
-        with pytest.raises(ValueError, match="more than max_broken=1"):
-            extract({"dots": reader}, vq_model, tmp_path / "strict", strict)
-    assert not (tmp_path / "strict" / "dots" / "manifest.json").exists()
+    with pytest.raises(ValueError, match="more than max_broken=1"):
+        extract({"dots": reader}, vq_model, tmp_path / "strict", strict)
     # More may be broken, after all: what is made stays.
     first = tmp_path / "strict" / "dots" / "shard-00000.parquet"
     made = first.stat().st_mtime_ns
@@ -287,9 +284,10 @@ def test_broken_records_are_left_out_and_named(tmp_path, vq_model):
 
 def test_records_that_were_mended_are_made_once_their_shards_are_removed(tmp_path, vq_model):
     strict = ExtractionSettings(resolution=32, shard_size=4, max_broken=1)
-    with pytest.raises(ValueError, match=r"mend them .*: shard-00000\.parquet, shard-00001\.parquet\.") as refused:
-        extract({"dots": DocumentReader(captions(broken=(2, 7)), "text_to_image")}, vq_model, tmp_path, strict)
-    assert "dot-7" in str(refused.value)
+    # Given again, the command does not end with what was made.
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"mend them .*: shard-00000\.parquet, shard-00001\.parquet\."):
+            extract({"dots": DocumentReader(captions(broken=(2, 7)), "text_to_image")}, vq_model, tmp_path, strict)
     for own in (tmp_path / "dots").glob("shard-*"):
         own.unlink()
     manifest = extract({"dots": DocumentReader(captions(), "text_to_image")}, vq_model, tmp_path, strict)["dots"]
