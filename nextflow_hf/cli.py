@@ -119,18 +119,23 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("suite", choices=["scenes", "in-words", "words", *BENCHMARKS])
     evaluate.add_argument("--checkpoint", default="mini")
     evaluate.add_argument("--prompts", type=int, help="prompts per category of scenes (100)")
-    evaluate.add_argument("--images", type=int, help="pictures per prompt (scenes: 4; a benchmark: its own number)")
+    evaluate.add_argument(
+        "--images",
+        type=int,
+        help="pictures per prompt (scenes: 4, and always 1 at sizes other than the first; a benchmark: its own number)",
+    )
     evaluate.add_argument("--captions", type=int, help="scenes to describe (500)")
     evaluate.add_argument(
         "--tests",
         type=int,
-        help="scenes: of each further ability (200); 0 leaves them out. in-words: of each (200). words: how many (400)",
+        help="scenes: of each further ability (200; masked edits, stories, instructions and films have a quarter); 0 "
+        "leaves them out. in-words: of each (200). words: how many (400)",
     )
     evaluate.add_argument("--think", action="store_true", help="scenes: edits and answers after a thought as well")
     evaluate.add_argument("--adapter", help="in-words: folder or Hub id of an adapter for it (mini has its own)")
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument(
-        "--output", type=Path, help="scenes, words: JSON file for the scores and all settings; else a folder"
+        "--output", type=Path, help="scenes, in-words, words: JSON file for the scores and all settings; else a folder"
     )
     _add_sampling(evaluate)
     add_benchmark_parser(evaluate, _size)

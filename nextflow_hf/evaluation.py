@@ -31,6 +31,10 @@ from .scenes import (
 )
 from .scenes.signs import DOCUMENT_SIZE, FREE_PROMPTS, SIGN_SIZE, UNTAUGHT_PROMPTS, ask_freely
 
+_IMAGES_AT_OTHER_SIZES = 1
+# What takes long, and so has fewer tests in [`abilities`].
+_SCORED_BY_A_QUARTER = ("masked edits", "stories", "instructions", "films")
+
 
 def score_drawing(
     model: NextFlowForConditionalGeneration,
@@ -149,9 +153,9 @@ def evaluate_scenes(
     """Everything that is measured of a checkpoint on scenes, with every setting that moves a score.
 
     The first of the checkpoint's sizes is measured in full; of the others, and of the smaller pictures that its first
-    scales are, drawing with one picture a prompt. `tests`
-    are those of each further ability ([`abilities`]); 0 leaves them out, and so do 0 `captions`. With `thinks`, what
-    concerns given pictures is scored after a thought as well.
+    scales are, drawing with one picture a prompt. `tests` are those of each further ability ([`abilities`]), a quarter
+    of them for masked edits, stories, instructions and films; 0 leaves them out, and so do 0 `captions`. With `thinks`,
+    what concerns given pictures is scored after a thought as well.
 
     Raises:
         ValueError: If a checkpoint that does not think is to do so.
@@ -170,7 +174,13 @@ def evaluate_scenes(
     if others:
         result["drawing_at_other_sizes"] = {
             name: score_drawing(
-                model, processor, prompts_per_category, 1, seed=seed, **{"size": size, **own}, **sampling
+                model,
+                processor,
+                prompts_per_category,
+                _IMAGES_AT_OTHER_SIZES,
+                seed=seed,
+                **{"size": size, **own},
+                **sampling,
             )
             for name, own in others.items()
         }
@@ -186,8 +196,10 @@ def evaluate_scenes(
         "image_size": list(size),
         "prompts_per_category": prompts_per_category,
         "images_per_prompt": images_per_prompt,
+        "images_per_prompt_at_other_sizes": _IMAGES_AT_OTHER_SIZES,
         "captions": captions,
         "tests": tests,
+        "tests_of": {name: max(1, tests // 4) for name in _SCORED_BY_A_QUARTER} if tests else {},
         "thinks": thinks,
     }
     return result

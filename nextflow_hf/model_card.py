@@ -26,7 +26,8 @@ picture size it was not trained for are refused with an error. How well it does 
 Drawing is scored strictly: a picture counts only if a pixel-level referee finds exactly the objects asked for and
 nothing else. All prompts name combinations that training never saw; intervals come from resampling prompts. Sampling
 ({sampling}) has one number for all scales, or one per scale: a seed changes the first code of a picture, and the rest
-follows from it. Every setting is in `evaluation.json`. Reproduce with
+follows from it. Every setting is in `evaluation.json`; masked edits, stories, instructions and films have a quarter of
+its `tests`, and other sizes than the first one picture a prompt. Reproduce with
 
 ```
 nextflow-hf evaluate scenes --checkpoint {name}

@@ -125,6 +125,9 @@ def test_evaluate_writes_scores_and_every_setting(tmp_path, capsys):
     assert main(["evaluate", "scenes", *SMALL_RUN, "--top-k", "7", "--output", str(path)]) == 0
     result = json.loads(path.read_text())
     assert result["settings"]["sampling"]["top_k"] == 7 and result["settings"]["weights_sha256"]
+    # Not all have as many tests and pictures as was asked for.
+    assert result["settings"]["images_per_prompt_at_other_sizes"] == 1
+    assert result["settings"]["tests_of"] == dict.fromkeys(("masked edits", "stories", "instructions", "films"), 1)
     assert set(result["drawing"]) == {"overall", *nextflow_hf.scenes.CATEGORIES}
     assert all(0 <= own["low"] <= own["score"] <= own["high"] <= 1 for own in result["drawing"].values())
     assert set(result["drawing_at_other_sizes"]) == {"48x80", "80x48", "48x48, the first 5 scales"}
