@@ -23,7 +23,8 @@ BUNDLED = {"mini": MINI, "mini-words": MINI_WORDS}
 REFINERS = {"mini": str(_checkpoints / "nextflow-mini-refiner")}
 """Bundled refiners of what the bundled checkpoints draw."""
 ADAPTERS = {"mini": str(_checkpoints / "nextflow-mini-look")}
-"""Bundled adapters with which bundled checkpoints look and think in words."""
+"""Bundled adapters with which bundled checkpoints look and think in words. No models of their own: an adapter is added
+to the loaded checkpoint by `nextflow_hf.in_words.add_adapter(model, "mini")`, not by `from_pretrained`."""
 
 _EXPORTS = {
     "NextFlowConfig": "modeling.configuration_nextflow",

@@ -250,7 +250,8 @@ _ADAPTER_BODY = """\
 An adapter (LoRA of rank {rank}) for `nextflow-{name}`, an independent open [NextFlow](https://arxiv.org/abs/2601.02204)
 model: with it the model looks and thinks in words. It describes a picture of *scenes* with all places, and edits,
 compares, answers and goes by examples where descriptions stand in the place of pictures. It is on while the model does
-so and off while it draws, so nothing else changes.
+so and off while it draws, so nothing else changes. It is added to the loaded checkpoint, as below: `from_pretrained` of
+this folder alone would look for its base model on the Hub, where it is not.
 
 ```python
 from nextflow_hf.in_words import add_adapter, answer_in_words, edit_in_words
