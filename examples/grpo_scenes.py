@@ -4,8 +4,8 @@
         --prefix_scales 4 --suffix_temperature 0 --num_generations 8 --per_device_train_batch_size 64 \
         --learning_rate 1e-4 --loss_type grpo
 
-With LoRA, add `--use_peft --lora_r 16 --lora_target_modules q_proj v_proj`: the output is then the adapter, as TRL
-saves it. Without, it is a whole checkpoint:
+With LoRA, add `--use_peft --lora_r 16`: the output is then the adapter, as TRL saves it. Without, it is a whole
+checkpoint:
 
     nextflow-hf generate "a red circle" --checkpoint my_model --output circle
 """
@@ -37,6 +37,7 @@ class ScenesArguments:
 def main() -> None:
     parser = TrlParser((ScenesArguments, NextFlowGRPOConfig, ModelConfig))
     scenes, args, model_args = parser.parse_args_and_config()
+    model_args.lora_target_modules = model_args.lora_target_modules or LORA_TARGETS
     name = model_args.model_name_or_path or "mini"
     path = BUNDLED.get(name, name)
     model = AutoModelForMultimodalLM.from_pretrained(path)
@@ -51,6 +52,9 @@ def main() -> None:
     trainer.train()
     trainer.save_model(args.output_dir)
 
+
+# The decoder's layers and the connector. Bare names such as `q_proj` are also those of the frozen image tokenizer.
+LORA_TARGETS = r".*language_model\.layers\..*_proj|.*connector\.linear_[12]"
 
 if __name__ == "__main__":
     main()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 import nextflow_hf
 from nextflow_hf.inference import load
@@ -65,11 +66,16 @@ def test_finetune_pictures_refuses_a_folder_without_captions(tmp_path, pictures)
     )
 
 
-def test_grpo_scenes(tmp_path):
+@pytest.mark.parametrize("lora", [[], ["--use_peft", "--lora_r", "4"]], ids=["full", "lora"])
+def test_grpo_scenes(tmp_path, lora):
     settings = "--max_steps 2 --prefix_scales 2 --suffix_temperature 0 --num_generations 2 --logging_steps 1"
     settings += " --per_device_train_batch_size 4 --gradient_checkpointing false --per_category 1 --report_to none"
-    done = run_example(tmp_path, "--output_dir", tmp_path / "out", *settings.split(), script="grpo_scenes.py")
+    done = run_example(tmp_path, "--output_dir", tmp_path / "out", *settings.split(), *lora, script="grpo_scenes.py")
     assert done.returncode == 0, done.stderr
     assert "'reward'" in done.stdout
+    if lora:
+        trained = load_file(tmp_path / "out" / "adapter_model.safetensors")
+        assert trained and not any("vq_model" in name for name in trained)
+        return
     tuned, _ = load(str(tmp_path / "out"))
     assert tuned.config.abilities == load("mini")[0].config.abilities
