@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from nextflow_hf import ADAPTERS, MINI
@@ -123,15 +124,44 @@ def test_a_conversation_in_words_goes_on_from_what_was_meant(mini):
     assert np.array_equal(*pictures)
 
 
-def test_the_draft_that_reads_most_like_its_prompt_is_kept(mini, monkeypatch):
+def test_the_draft_of_which_its_prompt_is_likeliest_is_kept(mini, monkeypatch):
     prompts = ["a small red circle", "a large blue star"]
     monkeypatch.setattr(way, "answer_in_words", lambda *args, **kwargs: prompts)
-    said = iter([["a small red square", "a large blue star"], ["a small red circle", "a small star"]])
-    monkeypatch.setattr(way, "answer", lambda *args, **kwargs: next(said))
+    scores = iter([[-5.0, -1.0], [-2.0, -3.0]])
+    scored = []
+
+    def log_probs(model, processor, conversations, resolution):
+        scored.extend(own[-1]["content"][0]["text"] for own in conversations)
+        return torch.tensor(next(scores))
+
+    monkeypatch.setattr(way, "answer_log_probs", log_probs)
     kept = draw_in_words(*mini, [EDIT, EDIT], [3, 4], drafts=2, image_size=(64, 64))
+    assert scored == prompts * 2
     # The second draft of a prompt has a seed of its own.
     drafts = draw(*mini, [[user(own)] for own in prompts], [3 + 1_000_003, 4], image_size=(64, 64))
     assert all(np.abs(np.asarray(own, int) - np.asarray(draft, int)).max() <= 1 for own, draft in zip(kept, drafts))
+
+
+def test_of_several_guesses_the_one_that_would_be_drawn_so_is_chosen(mini, monkeypatch):
+    talk = [[user(PICTURE, "what is it?")], [user("no picture")]]
+    (plain, _) = look(*mini, talk, guesses=1)
+    offered = []
+
+    def log_probs(model, processor, conversations, *args):
+        assert all(own[-1]["content"] == [talk[0][0]["content"][0]] for own in conversations)
+        offered.extend(own[0]["content"][0]["text"] for own in conversations)
+        return torch.tensor([-1000.0 * (index != 3) for index in range(len(conversations))])
+
+    monkeypatch.setattr(way, "picture_log_probs", log_probs)
+    (told, other) = look(*mini, talk, guesses=4)
+    assert len(set(offered)) == 4 and texts(plain)[0].startswith(f"a picture of {offered[0].strip()}")
+    assert texts(told) == [f"a picture of {offered[3].strip()}. what is it?"] and texts(other) == ["no picture"]
+
+
+def test_who_does_not_draw_reads_word_after_word(mini, monkeypatch):
+    plain = look(*mini, [EDIT], guesses=1)
+    monkeypatch.setattr(mini[0].config, "abilities", ["caption", "text"])
+    assert look(*mini, [EDIT]) == plain
 
 
 def test_what_is_not_told_in_words_is_not_changed_by_the_adapter(mini):
@@ -166,6 +196,14 @@ def test_a_second_adapter_is_refused(mini):
         add_adapter(mini[0], "mini")
 
 
-def test_no_draft_is_refused(mini):
+def test_no_draft_and_no_guess_are_refused(mini):
     with pytest.raises(ValueError, match="At least one draft"):
         draw_in_words(*mini, [EDIT], [3], drafts=0)
+    with pytest.raises(ValueError, match="At least one guess"):
+        look(*mini, [EDIT], guesses=0)
+
+
+def test_no_words_are_not_drawn(mini, monkeypatch):
+    monkeypatch.setattr(way, "answer", lambda *args, **kwargs: [""])
+    with pytest.raises(ValueError, match="no words for conversation 0"):
+        draw_in_words(*mini, [EDIT], [3], guesses=1)
