@@ -87,7 +87,9 @@ class TaskRecords:
             if record is not None:
                 messages, shown = record
                 if _chosen(rng, self.told):
-                    messages, shown = in_words(messages, map(tell_all, shown)), []
+                    # In words every turn is learned, those that were only looked at, too.
+                    turns = [{name: own for name, own in turn.items() if name != "weight"} for turn in messages]
+                    messages, shown = in_words(turns, map(tell_all, shown)), []
                 images = [render(own, size) if isinstance(own, Scene) else own for own in shown]
                 return {"id": f"{self.task} {self.seed}.{index}", "messages": messages, "images": images}
 

@@ -71,6 +71,8 @@ def test_told_records_are_those_of_pictures_in_words(task):
     records = TaskRecords(task, num_records=8, seed=5), TaskRecords(task, num_records=8, seed=5, told=1.0)
     for shown, told in zip(*records):
         assert told["images"] == [] and len(told["messages"]) == len(shown["messages"])
+        # Every turn is learned.
+        assert not any("weight" in turn for turn in told["messages"])
         pictures = iter(shown["images"])
         for turn, own in zip(shown["messages"], told["messages"]):
             for part, words in zip(turn["content"], own["content"], strict=True):
