@@ -47,8 +47,6 @@ from .training.rewards import letters_right
 
 # Ends of the names of scores.
 AFTER_A_THOUGHT, IN_WORDS = ", after a thought", ", in words"
-# Pictures that are drawn of each prompt where the model works in words.
-_DRAFTS = 4
 # Shares of scenes with one object, with some alike, with two that differ, with more that differ.
 _FAMILIES = (0.2, 0.1, 0.5, 0.2)
 
@@ -65,7 +63,7 @@ class Tested:
         seed: Seed of the tests and of what is drawn.
         split: Which combinations the tests show.
         ways: How what concerns pictures is scored, as ends of the scores' names: at once (""), `AFTER_A_THOUGHT`, or
-            `IN_WORDS` ([`in_words.reply_in_words`] with four drafts).
+            `IN_WORDS` ([`in_words.reply_in_words`]).
         sampling: Goes to `generate` where pictures are drawn.
     """
 
@@ -116,7 +114,7 @@ class Tested:
         """The conversations with the pictures that answer them, in one of `ways`."""
         if way == IN_WORDS:
             settings = self._drawing(conversations, sampling)
-            turns = reply_in_words(self.model, self.processor, conversations, drafts=_DRAFTS, **settings)
+            turns = reply_in_words(self.model, self.processor, conversations, **settings)
             return [[*talk, turn] for talk, turn in zip(conversations, turns)]
         begun = self.begun(conversations, way)
         return [_drawn(talk, picture) for talk, picture in zip(begun, self.draw(begun, way, **sampling))]

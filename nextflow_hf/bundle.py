@@ -203,6 +203,7 @@ def bundle_adapter(run: Path, name: str, **evaluation) -> dict:
         halves = {key: _half(key, own).contiguous() for key, own in weights.items()}
         save_file(halves, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        shutil.copy(run / "adapter" / "generation_config.json", folder)
         (folder / _LOG).write_text(json.dumps({run.name: log}, indent=1) + "\n")
         size = sum(path.stat().st_size for path in folder.rglob("*"))
         if size > MAX_ADAPTER_BYTES:

@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     edit.add_argument("--in-words", action="store_true", help="describe the picture, change the words, draw it anew")
     edit.add_argument("--adapter", help="with --in-words: folder or Hub id of an adapter for it (mini has its own)")
-    edit.add_argument("--drafts", type=int, help="with --in-words: draw so many, keep what is read most as meant (1)")
+    edit.add_argument("--drafts", type=int, help="with --in-words: draw so many, keep what fits its words best (4)")
     edit.add_argument("--output", type=Path, default=Path("edited.png"))
     edit.add_argument("--seed", type=int, default=0)
     _add_sampling(edit)
@@ -305,8 +305,8 @@ def _edit(args: argparse.Namespace) -> None:
         from .in_words import edit_in_words
 
         _add_adapter(model, args)
-        drafts = 1 if args.drafts is None else args.drafts
-        edited = edit_in_words(model, processor, picture, args.instruction, args.seed, drafts, **_sampling(args))
+        options = _sampling(args) if args.drafts is None else {"drafts": args.drafts, **_sampling(args)}
+        edited = edit_in_words(model, processor, picture, args.instruction, args.seed, **options)
     else:
         edited = edit_picture(
             model, processor, picture, args.instruction, mask, args.seed, enable_thinking=args.think, **_sampling(args)

@@ -12,7 +12,7 @@ import transformers
 
 from . import ADAPTERS, BUNDLED, __version__
 from .abilities import AFTER_A_THOUGHT, IN_WORDS, SCORES_IN_WORDS, Tested, score_abilities, score_words, shows
-from .in_words import adapter_for, add_adapter
+from .in_words import DRAFTS, GUESSES, adapter_for, add_adapter
 from .inference import describe_pictures, draw_prompts, load
 from .intervals import interval, resample, summarize
 from .modeling.configuration_nextflow import NextFlowVQConfig
@@ -229,7 +229,9 @@ def evaluate_in_words(
     return {
         "abilities": {f"{size[0]}x{size[1]}": scores},
         "settings": {
-            **_settings(model, checkpoint, seed, sampling, split),
+            **_settings(model, checkpoint, seed, sampling, split, getattr(model, "drafting", None)),
+            "guesses": GUESSES,
+            "drafts": DRAFTS,
             "adapter_sha256": None if adapter is None else weights_hash(ADAPTERS.get(adapter, adapter)),
             "image_size": list(size),
             "tests": tests,
@@ -270,9 +272,10 @@ def evaluate_words(checkpoint: str, tests: int = 400, seed: int = 0, split: str 
     }
 
 
-def _settings(model, checkpoint: str, seed: int, sampling: dict, split: str = "test") -> dict:
+def _settings(model, checkpoint: str, seed: int, sampling: dict, split: str = "test", default=None) -> dict:
+    """What moves a score, whatever is scored; pictures are drawn as `sampling` says, else `default`, else the model."""
     chosen = model._image_sampling(
-        **{name: sampling.get(name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
+        default, **{name: sampling.get(name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
     )
     return {
         "checkpoint": checkpoint,

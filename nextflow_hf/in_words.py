@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
 from . import ADAPTERS
 from .conversations import in_words
@@ -26,9 +27,10 @@ from .scenes import WHOLE_QUESTION
 ADAPTER = "look"
 # Key of a picture's part of a turn: what it shows, where that is known.
 DESCRIPTION = "description"
-# Descriptions of which one is chosen, and what drawing counts in the choice beside reading. Of 150 validation scenes
-# 0.91 were described right to the letter with one guess, and with six 0.98, 0.99 and 0.99 at 0.1, 0.2 and 0.3.
-GUESSES, _DRAWN_WEIGHT = 6, 0.2
+# Descriptions of a picture, and pictures of a prompt, of which one is kept.
+GUESSES, DRAFTS = 6, 4
+# What drawing counts beside reading where one is chosen (see `docs/abilities.md` for what it was chosen by).
+_DRAWN_WEIGHT = 0.1
 
 
 def adapter_for(checkpoint: str, adapter: str | None = None) -> str | None:
@@ -39,6 +41,8 @@ def adapter_for(checkpoint: str, adapter: str | None = None) -> str | None:
 def add_adapter(model: NextFlowForConditionalGeneration, adapter: str) -> None:
     """Give a model the adapter with which it looks and thinks in words; it stays off but for that.
 
+    How drafts are drawn in words stands in the adapter's own `generation_config.json`, if it has one.
+
     Args:
         model: The model that the adapter was trained for.
         adapter: A name of `ADAPTERS`, a folder or a Hub id.
@@ -46,12 +50,17 @@ def add_adapter(model: NextFlowForConditionalGeneration, adapter: str) -> None:
     Raises:
         ValueError: If the model has one already, or the adapter is that of a model of another shape.
     """
+    path = ADAPTERS.get(adapter, adapter)
     try:
-        model.load_adapter(ADAPTERS.get(adapter, adapter), adapter_name=ADAPTER)
+        model.load_adapter(path, adapter_name=ADAPTER)
     except RuntimeError as error:
         model.delete_adapter(ADAPTER)
         raise ValueError(f"The adapter {adapter!r} was trained for a model of another shape than this one.") from error
     model.disable_adapters()
+    try:
+        model.drafting = GenerationConfig.from_pretrained(path)
+    except OSError:
+        model.drafting = None
 
 
 @contextmanager
@@ -83,7 +92,7 @@ def look(
     """Conversations in words ([`conversations.in_words`]): the model describes each of their pictures by itself.
 
     Of several guesses at what a picture shows, a model that draws tells the right one by what it would have drawn: the
-    greatest log p(words | picture) + 0.2 log p(picture | words), a noisy channel (Yee et al., arXiv 1908.05731). So
+    greatest log p(words | picture) + 0.1 log p(picture | words), a noisy channel (Yee et al., arXiv 1908.05731). So
     what it has never seen together is read as well as it is drawn.
 
     Args:
@@ -183,17 +192,18 @@ def reply_in_words(
     seeds: Sequence[int],
     batch_size: int = 64,
     resolution: int | None = None,
-    drafts: int = 1,
+    drafts: int = DRAFTS,
     guesses: int = GUESSES,
     **sampling,
 ) -> list[dict]:
     """The assistant's turns that answer conversations with a picture each, by way of words: from the prompt that the
     model comes to in text.
 
-    Nothing of a given picture reaches the new one but what the model says of it ([`look`], which makes `guesses`). With
-    `drafts`, so many are drawn of each prompt, the model looks at them, and the one of which it would likeliest say the
-    prompt is kept. The prompt stays with the picture as its `description`, so that a conversation goes on from what was
-    meant: the picture need not be read again, and what went wrong in drawing it does not add up over the turns.
+    Nothing of a given picture reaches the new one but what the model says of it ([`look`], which makes `guesses`). So
+    many `drafts` are drawn of each prompt, and the one that goes best with it is kept, told as [`look`] tells guesses.
+    The prompt stays with the picture as its `description`, so that a conversation goes on from what was meant: the
+    picture need not be read again, and what went wrong in drawing it does not add up over the turns. `sampling` goes to
+    `generate`, before what the adapter says ([`add_adapter`]).
 
     Raises:
         ValueError: If there is less than one draft, or the model comes to no words for a conversation.
@@ -206,12 +216,14 @@ def reply_in_words(
             f"The model comes to no words for conversation {prompts.index('')}, so there is nothing to draw in words; "
             "has it learned to (`add_adapter`)?"
         )
+    if getattr(model, "drafting", None) is not None:
+        sampling = {"generation_config": model.drafting, **sampling}
     pictures = []
     for first in range(0, len(prompts), batch_size):
         chosen = slice(first, first + batch_size)
         best = {}
         if drafts > 1:
-            scorer = partial(_likeness, model, processor, prompts[chosen], resolution)
+            scorer = partial(_fitness, model, processor, prompts[chosen], resolution)
             best = {"best_of": drafts, "scorer": scorer}
         asked = [[user(own)] for own in prompts[chosen]]
         pictures += draw(model, processor, asked, seeds[chosen], batch_size, resolution, **best, **sampling)
@@ -239,7 +251,7 @@ def edit_in_words(
     picture: Image.Image,
     instruction: str,
     seed: int = 0,
-    drafts: int = 1,
+    drafts: int = DRAFTS,
     **sampling,
 ) -> Image.Image:
     """A picture changed by an instruction as by `inference.edit_picture`, but described, changed in words, and drawn
@@ -251,18 +263,20 @@ def edit_in_words(
     return draw_in_words(model, processor, conversations, [seed], resolution=resolution, drafts=drafts, **settings)[0]
 
 
-def _likeness(
+def _fitness(
     model: NextFlowForConditionalGeneration,
     processor: NextFlowProcessor,
     prompts: Sequence[str],
     resolution: int | None,
     pictures: Sequence[torch.Tensor],
 ) -> list[float]:
-    """How likely the model, looking at pictures in [-1, 1], would say their prompts."""
-    shown = [Image.fromarray(((own + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()) for own in pictures]
-    said = [[user(own, WHOLE_QUESTION), assistant(prompt)] for own, prompt in zip(shown, prompts)]
+    """How well pictures in [-1, 1] go with their prompts: log p(prompt | picture) + 0.1 log p(picture | prompt)."""
+    shown = processor.post_process_multimodal_output(pictures, generation_mode="image")
+    read = [[user(own, WHOLE_QUESTION), assistant(prompt)] for own, prompt in zip(shown, prompts)]
+    drawn = [[user(prompt), assistant(own)] for own, prompt in zip(shown, prompts)]
     with looking(model):
-        return answer_log_probs(model, processor, said, resolution=resolution).tolist()
+        scores = answer_log_probs(model, processor, read, resolution=resolution)
+    return (scores + _DRAWN_WEIGHT * picture_log_probs(model, processor, drawn, resolution=resolution)).tolist()
 
 
 def _pictures(conversation: Conversation) -> list[dict]:

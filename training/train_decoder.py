@@ -241,10 +241,15 @@ def train_decoder(recipe: Recipe) -> None:
     samples = SampleGridCallback(builder, stage.get("sample_prompts", []), image_size, stage.get("sample_every", 0))
     model = run_stage(recipe, model, dataset, collate, _output_of, [samples, *text_rows])
     if has_adapter:
-        save_whole(Path(recipe.output_dir) / "adapter", model.save_pretrained)
+        save_whole(Path(recipe.output_dir) / "adapter", partial(_save_adapter, model))
         model = model.merge_and_unload()
     model.requires_grad_(True)
     save_whole(Path(recipe.output_dir) / "final", partial(_save, model, tokenizer), sharded="fsdp_size" in stage)
+
+
+def _save_adapter(model, folder: Path) -> None:
+    model.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
 
 
 def _with_adapter(model: NextFlowForConditionalGeneration, recipe: Recipe):

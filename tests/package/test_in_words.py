@@ -1,12 +1,14 @@
 """Conversations in words: what becomes of their pictures, and what a model makes of them."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import GenerationConfig
 
 from nextflow_hf import ADAPTERS, MINI
 from nextflow_hf import in_words as way
@@ -104,16 +106,23 @@ def test_drawing_in_words_is_looking_thinking_and_drawing(mini):
     (prompt,) = answer_in_words(*mini, [EDIT])
     with looking(mini[0]):
         assert prompt == answer(*mini, [told])[0].strip()
-    (picture,) = draw_in_words(*mini, [EDIT], [3], image_size=(64, 64))
-    (again,) = draw(*mini, [[user(prompt)]], [3], image_size=(64, 64))
+    (picture,) = draw_in_words(*mini, [EDIT], [3], image_size=(64, 64), drafts=1)
+    drafting = GenerationConfig.from_pretrained(ADAPTERS["mini"])
+    (again,) = draw(*mini, [[user(prompt)]], [3], image_size=(64, 64), generation_config=drafting)
     assert np.array_equal(picture, again)
-    assert np.array_equal(picture, edit_in_words(*mini, PICTURE, "make the circle green", seed=3))
+    assert np.array_equal(picture, edit_in_words(*mini, PICTURE, "make the circle green", seed=3, drafts=1))
+    greedy = {"guidance_scale": 0.0, "temperature": 0.0}
+    own, plain = (
+        draw_in_words(*mini, [EDIT], [3], image_size=(64, 64), drafts=1, **greedy),
+        draw(*mini, [[user(prompt)]], [3], image_size=(64, 64), **greedy),
+    )
+    assert np.array_equal(own[0], plain[0])
 
 
 def test_a_conversation_in_words_goes_on_from_what_was_meant(mini):
-    (turn,) = reply_in_words(*mini, [EDIT], [3], image_size=(64, 64))
+    (turn,) = reply_in_words(*mini, [EDIT], [3], image_size=(64, 64), drafts=1)
     (part,) = turn["content"]
-    assert np.array_equal(part["image"], draw_in_words(*mini, [EDIT], [3], image_size=(64, 64))[0])
+    assert np.array_equal(part["image"], draw_in_words(*mini, [EDIT], [3], image_size=(64, 64), drafts=1)[0])
     (prompt,) = answer_in_words(*mini, [EDIT])
     assert part["description"] == prompt
     said = {**turn, "content": [{**part, "description": "a small pink cross"}]}
@@ -126,21 +135,23 @@ def test_a_conversation_in_words_goes_on_from_what_was_meant(mini):
     assert np.array_equal(*pictures)
 
 
-def test_the_draft_of_which_its_prompt_is_likeliest_is_kept(mini, monkeypatch):
+def test_the_draft_that_goes_best_with_its_prompt_is_kept(mini, monkeypatch):
     prompts = ["a small red circle", "a large blue star"]
     monkeypatch.setattr(way, "answer_in_words", lambda *args, **kwargs: prompts)
-    scores = iter([[-5.0, -1.0], [-2.0, -3.0]])
+    read, drawn = iter([[-5.0, -1.0], [-2.0, -3.0]]), iter([[-10.0, -30.0], [-20.0, -5.0]])
     scored = []
 
-    def log_probs(model, processor, conversations, resolution):
-        scored.extend(own[-1]["content"][0]["text"] for own in conversations)
+    def log_probs(model, processor, conversations, resolution, scores):
+        scored.append([own[-1]["content"][0].get("text") for own in conversations])
         return torch.tensor(next(scores))
 
-    monkeypatch.setattr(way, "answer_log_probs", log_probs)
-    kept = draw_in_words(*mini, [EDIT, EDIT], [3, 4], drafts=2, image_size=(64, 64))
-    assert scored == prompts * 2
-    # The second draft of a prompt has a seed of its own.
-    drafts = draw(*mini, [[user(own)] for own in prompts], [3 + 1_000_003, 4], image_size=(64, 64))
+    monkeypatch.setattr(way, "answer_log_probs", partial(log_probs, scores=read))
+    monkeypatch.setattr(way, "picture_log_probs", partial(log_probs, scores=drawn))
+    plain = {"temperature": 1.0, "top_p": 0.9, "guidance_scale": 0.0}
+    kept = draw_in_words(*mini, [EDIT, EDIT], [3, 4], drafts=2, image_size=(64, 64), **plain)
+    assert scored == [prompts, [None, None]] * 2
+    # -6.0 and -4.0 of the first, -4.0 and -3.5 of the second; a second draft has a seed of its own.
+    drafts = draw(*mini, [[user(own)] for own in prompts], [3 + 1_000_003, 4 + 1_000_003], image_size=(64, 64), **plain)
     assert all(np.abs(np.asarray(own, int) - np.asarray(draft, int)).max() <= 1 for own, draft in zip(kept, drafts))
 
 
