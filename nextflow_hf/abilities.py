@@ -172,7 +172,7 @@ def score_questions(tested: Tested) -> dict:
 def score_comparison(tested: Tested) -> dict:
     """Exact answers to what changed between two pictures."""
     pairs, wanted = [], []
-    for number, own in enumerate(_edits(tested)):
+    for number, own in enumerate(edits_of(tested)):
         # Now and then of two pictures that are the same.
         is_same = number % 8 == 7
         pairs.append((own.before, own.before if is_same else own.after))
@@ -190,7 +190,7 @@ def score_comparison(tested: Tested) -> dict:
 
 def score_edits(tested: Tested) -> dict:
     """Single edits: whether what was to change did, whether the rest was kept, and both with nothing else there."""
-    edits = _edits(tested)
+    edits = edits_of(tested)
     referee = Referee(tested.lattice)
     conversations = [[user(tested.picture(own.before), own.text)] for own in edits]
     result = {}
@@ -282,16 +282,7 @@ def score_masks(tested: Tested) -> dict:
 def score_examples(tested: Tested, examples: int = 2) -> dict:
     """A rule shown by pairs of pictures, and the same query without them."""
     with_examples, without, wanted = [], [], []
-    for _, rng in tested.scenes():
-        while True:
-            rule = draw_rule(rng)
-            befores = [
-                sample_scene(rng, tested.split, tested.lattice, "placed", (0.3, 0.1, 0.5, 0.1))
-                for _ in range(examples + 1)
-            ]
-            afters = [rule(scene) for scene in befores]
-            if not any(map(same_picture, befores, afters)) and not is_trained(afters[-1]):
-                break
+    for befores, afters in examples_of(tested, examples):
         pictures = [tested.picture(own) for pair in zip(befores, afters) for own in pair]
         with_examples.append([user(*pictures[:-1], EXAMPLE_PROMPT)])
         without.append([user(pictures[-2], EXAMPLE_PROMPT)])
@@ -303,6 +294,23 @@ def score_examples(tested: Tested, examples: int = 2) -> dict:
             pictures = tested.draw(conversations, way)
             result[name + way] = interval([shows(referee.look(own), scene) for own, scene in zip(pictures, wanted)])
     return result
+
+
+def examples_of(tested: Tested, examples: int = 2) -> list[tuple[list[Scene], list[Scene]]]:
+    """For each test scenes before and after a rule, of which the last pair is the query and its answer."""
+    found = []
+    for _, rng in tested.scenes():
+        while True:
+            rule = draw_rule(rng)
+            befores = [
+                sample_scene(rng, tested.split, tested.lattice, "placed", (0.3, 0.1, 0.5, 0.1))
+                for _ in range(examples + 1)
+            ]
+            afters = [rule(scene) for scene in befores]
+            if not any(map(same_picture, befores, afters)) and not is_trained(afters[-1]):
+                break
+        found.append((befores, afters))
+    return found
 
 
 def score_subjects(tested: Tested) -> dict:
@@ -500,7 +508,7 @@ def _drawn(conversation: list[dict], picture: Image.Image) -> list[dict]:
     return [*before, {**turn, "content": [*last["content"], *turn["content"]]}]
 
 
-def _edits(tested: Tested) -> list[Edit]:
+def edits_of(tested: Tested) -> list[Edit]:
     """An edit for each test, of each kind in turn."""
     edits = []
     for number, (scene, rng) in enumerate(tested.scenes()):

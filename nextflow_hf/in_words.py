@@ -131,6 +131,32 @@ def look(
     ]
 
 
+def guess(
+    model: NextFlowForConditionalGeneration,
+    processor: NextFlowProcessor,
+    conversations: Sequence[Conversation],
+    guesses: int,
+    resolution: int | None = None,
+    max_new_tokens: int = 80,
+) -> tuple[list[str], torch.Tensor]:
+    """The likeliest answers to each conversation by beam search, its adapter on, and their log-probabilities in nats:
+    `(conversations * guesses,)` each, the guesses at one conversation side by side, best first."""
+    inputs = prepare(processor, conversations, resolution).to(model.device)
+    with looking(model):
+        output = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=guesses,
+            num_return_sequences=guesses,
+            length_penalty=0.0,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+    said = processor.batch_decode(output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [own.strip() for own in said], output.sequences_scores
+
+
 def _read(
     model: NextFlowForConditionalGeneration,
     processor: NextFlowProcessor,
@@ -140,28 +166,16 @@ def _read(
     resolution: int | None,
     guesses: int,
 ) -> list[str]:
-    """Of the likeliest answers to each question about a picture, the one that goes best with how it would be drawn."""
-    inputs = prepare(processor, asked, resolution).to(model.device)
-    with looking(model):
-        output = model.generate(
-            **inputs,
-            max_new_tokens=80,
-            do_sample=False,
-            num_beams=guesses,
-            num_return_sequences=guesses,
-            length_penalty=0.0,
-            return_dict_in_generate=True,
-            output_scores=True,
-        )
-    said = processor.batch_decode(output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    """Of the guesses at each picture, the one that goes best with how it would be drawn."""
+    said, scores = guess(model, processor, asked, guesses, resolution)
     # Nothing can be drawn of no words.
-    rows = [row for row, text in enumerate(said) if text.strip()]
+    rows = [row for row, text in enumerate(said) if text]
     drawn = [[user(said[row]), {"role": "assistant", "content": [shown[row // guesses]]}] for row in rows]
-    scores = torch.full_like(output.sequences_scores, float("-inf"))
-    scores[rows] = output.sequences_scores[rows]
+    chosen = torch.full_like(scores, float("-inf"))
     if rows:
-        scores[rows] += _DRAWN_WEIGHT * picture_log_probs(model, processor, drawn, batch_size, resolution)
-    best = scores.view(-1, guesses).argmax(dim=1).tolist()
+        fits = picture_log_probs(model, processor, drawn, batch_size, resolution)
+        chosen[rows] = scores[rows] + _DRAWN_WEIGHT * fits
+    best = chosen.view(-1, guesses).argmax(dim=1).tolist()
     return [said[index * guesses + own] for index, own in enumerate(best)]
 
 

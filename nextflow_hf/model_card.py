@@ -259,14 +259,14 @@ from nextflow_hf.inference import load, user
 
 model, processor = load("{name}")
 add_adapter(model, "{name}")
-edited = edit_in_words(model, processor, picture, "make the circle blue", seed=7, drafts=4)
+edited = edit_in_words(model, processor, picture, "make the circle blue", seed=7)
 answer_in_words(model, processor, [[user(picture, edited, "what changed?")]])
 ```
 
 {table}
 
-All tests show combinations that training never saw; of four drafts of a picture the one is kept that the model itself
-reads most like what it means to draw. What the model does at once, without the adapter, is in the card of
+All tests show combinations that training never saw. Of {guesses} guesses at a picture, and of {drafts} drafts of one, the
+model keeps the one that goes best with its words, by what it reads and by what it would draw. What the model does at once, without the adapter, is in the card of
 `nextflow-{name}`; some of it is better. Every setting is in `evaluation.json`. Reproduce with
 
 ```
@@ -287,4 +287,6 @@ def adapter_card(name: str, rank: int, result: dict) -> ModelCard:
         result: What `evaluate_in_words` measured of it.
     """
     data = ModelCardData(license="apache-2.0", library_name="peft", pipeline_tag="any-to-any", tags=["nextflow"])
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_ADAPTER_BODY.format(name=name, rank=rank, table=table(result))}")
+    settings = {key: result["settings"][key] for key in ("guesses", "drafts")}
+    body = _ADAPTER_BODY.format(name=name, rank=rank, table=table(result), **settings)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")

@@ -80,7 +80,7 @@ def test_who_copies_gets_nothing(score, names):
 
 def test_who_edits_and_compares_rightly_gets_everything():
     own = build(Told)
-    edits = abilities._edits(own)
+    edits = abilities.edits_of(own)
     assert not any(is_trained(edit.after) for edit in edits)
     object.__setattr__(own, "answers", [own.picture(edit.after) for edit in edits])
     result = abilities.score_edits(own)
@@ -92,7 +92,7 @@ def test_who_edits_and_compares_rightly_gets_everything():
 def test_an_unreadable_picture_follows_no_removal():
     own = build(abilities.Tested, 60)
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
-    edit = next(edit for edit in abilities._edits(own) if edit.kind == "remove")
+    edit = next(edit for edit in abilities.edits_of(own) if edit.kind == "remove")
     assert abilities.judge_edit(edit, Referee().look(noise)) == (False, False, False)
 
 
@@ -115,7 +115,7 @@ def test_thoughts_are_scored_by_their_pictures(monkeypatch):
 @pytest.mark.parametrize("score", [abilities.score_edits, abilities.score_conversations])
 def test_edits_are_scored_after_thoughts_as_well_where_that_is_asked_for(score):
     own = build(Thinking, thinks=True)
-    object.__setattr__(own, "answers", [own.picture(edit.after) for edit in abilities._edits(own)])
+    object.__setattr__(own, "answers", [own.picture(edit.after) for edit in abilities.edits_of(own)])
     scores = score(own)
     assert any(name.endswith(abilities.AFTER_A_THOUGHT) for name in scores)
     if "edits: exact" in scores:
