@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from lmms_eval.api.model import lmms
 from lmms_eval.api.registry import register_model
 
-from ..inference import Conversation
+from ..inference import Conversation, user
 from .answering import Answering, picture_of
 
 
@@ -49,8 +49,21 @@ class NextFlowLmms(lmms):
         return [answers[place] for place in range(len(requests))]
 
     def loglikelihood(self, requests: Sequence) -> list[tuple[float, bool]]:
-        """Not offered: tasks of this kind are refused by name."""
-        raise NotImplementedError("NextFlow answers in words here; choose tasks of the type `generate_until`.")
+        """Log-probability in nats of each continuation as the whole answer, and whether it is the likeliest one.
+
+        For multiple choice and the like, whose requests hold the question's text, the continuation (or what makes it
+        of the document) and what gives the document's pictures.
+        """
+        found = []
+        for first in range(0, len(requests), self._batch_size):
+            asked, answers = [], []
+            for request in requests[first : first + self._batch_size]:
+                text, continuation, to_pictures, number, task, split = request.args
+                document = self.task_dict[task][split][number]
+                asked.append([user(*map(picture_of, to_pictures(document) or ()), text)])
+                answers.append((continuation(document) if callable(continuation) else continuation).strip())
+            found += self._answering.score(asked, answers)
+        return found
 
     def generate_until_multi_round(self, requests: Sequence) -> list[str]:
         """Not offered: tasks of this kind are refused by name."""

@@ -954,8 +954,18 @@ def test_lmms_eval_adapter(monkeypatch):
     assert len(answers[0].split()) > 2 and answers[1] == answers[0].split()[0] and len(answers[2]) < len(answers[0])
     with pytest.raises(ValueError, match="do_sample"):
         model.generate_until([request(0, {"do_sample": True, "temperature": 1.0})])
+    # Multiple choice: its own answer is likelier than another, and is its likeliest.
+    choices = [answers[0], "a large green star", lambda document: answers[0]]
+    scored = model.loglikelihood(
+        [
+            types.SimpleNamespace(args=("describe the picture", choice, lambda document: [document], 0, "task", "test"))
+            for choice in choices
+        ]
+    )
+    assert [is_likeliest for _, is_likeliest in scored] == [True, False, True]
+    assert scored[0][0] == pytest.approx(scored[2][0], abs=1e-3) and 0 > scored[0][0] > scored[1][0]
     with pytest.raises(NotImplementedError, match="generate_until"):
-        model.loglikelihood([])
+        model.generate_until_multi_round([])
 
 
 def test_vlmevalkit_adapter(monkeypatch, tmp_path):
