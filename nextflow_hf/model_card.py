@@ -266,9 +266,9 @@ answer_in_words(model, processor, [[user(picture, edited, "what changed?")]])
 {table}
 
 All tests show combinations that training never saw. Of {guesses} guesses at a picture, and of {drafts} drafts of one,
-the model keeps the one that goes best with its words, by what it reads and by what it would draw. What the model does at
-once, without the adapter, is in the card of `nextflow-{name}`; some of it is better.
-Every setting is in `evaluation.json`. Reproduce with
+the model keeps the one that goes best with its words, by what it reads and by what it would draw. What it does at once,
+without the adapter, is in the card of `nextflow-{name}`; some of that is better. Every setting is in `evaluation.json`.
+Reproduce with
 
 ```
 nextflow-hf evaluate in-words --checkpoint {name}
