@@ -372,15 +372,15 @@ def _train(args: argparse.Namespace) -> None:
 def _extract(args: argparse.Namespace) -> None:
     import torch
 
-    from .training.extraction import run_extraction
     from .training.recipe import load_recipe
+    from .training.stages import run_recipe
 
     if args.threads:
         torch.set_num_threads(args.threads)
     recipe = load_recipe(args.recipe, args.overrides)
     if recipe.stage != "extract":
         raise ValueError(f"Recipe {args.recipe!r} is of the stage {recipe.stage!r}; run it with `nextflow-hf train`.")
-    run_extraction(recipe)
+    run_recipe(recipe)
 
 
 def _evaluate(args: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from small_models import small_config, small_model
 from transformers import AutoProcessor, GenerationConfig, Trainer, TrainerState, TrainingArguments
 
 import nextflow_hf
+from nextflow_hf.cli import main
 from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from nextflow_hf.modeling.modeling_nextflow_vq import NextFlowVQModel
 from nextflow_hf.processing.image_processing_base_nextflow import buckets_from_schedule
@@ -606,7 +607,7 @@ def test_a_bundled_checkpoint_is_a_start_by_its_name(monkeypatch):
 def test_the_bundled_checkpoint_and_adapter_are_all_that_mini_look_starts_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = [f"data.{name}.args.num_records=6" for name in load_recipe("mini-extract-look").data]
-    run_recipe(load_recipe("mini-extract-look", ["init_from.vq=mini", *few]))
+    main(["extract", "mini-extract-look", "init_from.vq=mini", *few])
     start = [f"init_from.{role}=mini" for role in ("tokenizer", "vq", "decoder", "adapter")]
     run_recipe(load_recipe("mini-look", [*start, "trainer.max_steps=1", "trainer.learning_rate=0.0"]))
     before, after = (
