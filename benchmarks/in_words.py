@@ -109,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="mini")
     parser.add_argument("--adapter", default="mini")
-    parser.add_argument("--tests", type=int, default=150)
+    parser.add_argument("--tests", type=int, default=80)
     parser.add_argument("--split", default="validation")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
