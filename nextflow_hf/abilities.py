@@ -248,7 +248,7 @@ def score_masks(tested: Tested) -> dict:
     round trip, which is what an edit without a mask would leave at best.
     """
     edits = [draw_edit(scene, rng, "recolor", trained=False) for scene, rng in tested.scenes()]
-    edits = [own for own in edits if own is not None][: max(1, tested.number // 4)]
+    edits = [own for own in edits if own is not None][: a_quarter(tested.number)]
     changes, trips, followed = [], [], []
     referee = Referee(tested.lattice)
     downsample = tested.model.config.schedule.downsample
@@ -365,7 +365,7 @@ def score_stories(tested: Tested, kind: str = "story") -> dict:
     """Stories, instructions or films: whether the subject is in every frame asked for, and which frames are as the
     texts until then (in a film: the prompt) say. Of instructions also whether the last frame is what was asked for.
     """
-    number = max(1, tested.number // 4)
+    number = a_quarter(tested.number)
     stories = [draw_story(tested.rng(index), None, tested.lattice, tested.split, kind) for index in range(number)]
     told = tell(
         tested.model,
@@ -506,6 +506,11 @@ def _drawn(conversation: list[dict], picture: Image.Image) -> list[dict]:
     if last["role"] == "user":
         return [*conversation, turn]
     return [*before, {**turn, "content": [*last["content"], *turn["content"]]}]
+
+
+def a_quarter(tests: int) -> int:
+    """Tests of what takes long, where others have so many."""
+    return max(1, tests // 4)
 
 
 def edits_of(tested: Tested) -> list[Edit]:

@@ -11,7 +11,16 @@ import torch
 import transformers
 
 from . import ADAPTERS, BUNDLED, __version__
-from .abilities import AFTER_A_THOUGHT, IN_WORDS, SCORES_IN_WORDS, Tested, score_abilities, score_words, shows
+from .abilities import (
+    AFTER_A_THOUGHT,
+    IN_WORDS,
+    SCORES_IN_WORDS,
+    Tested,
+    a_quarter,
+    score_abilities,
+    score_words,
+    shows,
+)
 from .in_words import DRAFTS, GUESSES, adapter_for, add_adapter
 from .inference import describe_pictures, draw_prompts, load
 from .intervals import interval, resample, summarize
@@ -199,7 +208,7 @@ def evaluate_scenes(
         "images_per_prompt_at_other_sizes": _IMAGES_AT_OTHER_SIZES,
         "captions": captions,
         "tests": tests,
-        "tests_of": {name: max(1, tests // 4) for name in _SCORED_BY_A_QUARTER} if tests else {},
+        "tests_of": {name: a_quarter(tests) for name in _SCORED_BY_A_QUARTER} if tests else {},
         "thinks": thinks,
     }
     return result
