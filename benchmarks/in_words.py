@@ -19,8 +19,8 @@ from nextflow_hf import ADAPTERS
 from nextflow_hf.abilities import Tested, edits_of, examples_of, score_comparison, score_questions, shows
 from nextflow_hf.conversations import SHOWN
 from nextflow_hf.evaluation import weights_hash
-from nextflow_hf.in_words import DRAFTS, GUESSES, add_adapter, guess, looking
-from nextflow_hf.inference import answer, assistant, draw, load, user
+from nextflow_hf.in_words import DRAFTS, GUESSES, add_adapter, guess, looking, think_and_answer
+from nextflow_hf.inference import assistant, draw, load, user
 from nextflow_hf.likelihood import answer_log_probs, picture_log_probs
 from nextflow_hf.scenes import WHOLE_QUESTION, Referee
 from nextflow_hf.scenes.captions import tell_all
@@ -39,8 +39,7 @@ class Told(Tested):
         return SHOWN.format(tell_all(scene))
 
     def answer(self, conversations, way=""):
-        with looking(self.model):
-            return [own.strip() for own in answer(self.model, self.processor, conversations)]
+        return [words for _, words in think_and_answer(self.model, self.processor, conversations)]
 
 
 def best(right: np.ndarray, read: np.ndarray, drawn: np.ndarray) -> dict[str, float]:

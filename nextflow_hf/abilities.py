@@ -32,6 +32,7 @@ from .scenes import (
     sample_scene,
     transcript,
 )
+from .scenes.captions import NOTHING
 from .scenes.edits import KINDS as EDITS
 from .scenes.edits import Edit, draw_edit, draw_edits, draw_rule, same_picture
 from .scenes.questions import KINDS as QUESTION_KINDS
@@ -42,7 +43,7 @@ from .scenes.sampling import is_trained
 from .scenes.signs import DOCUMENT_SHARE, words_of_sign
 from .scenes.source import READ_QUESTION
 from .scenes.stories import draw_story
-from .scenes.tasks import COMPARE_QUESTION, EXAMPLE_PROMPT, NOTHING, ask_for_subject, draw_reference
+from .scenes.tasks import COMPARE_QUESTION, EXAMPLE_PROMPT, ask_for_subject, draw_reference
 from .training.rewards import letters_right
 
 # Ends of the names of scores.
@@ -106,7 +107,7 @@ class Tested:
     def draw(self, conversations: Sequence[list[dict]], way: str = "", **sampling) -> list[Image.Image]:
         """The pictures that answer conversations, in one of `ways`."""
         if way == IN_WORDS:
-            return [talk[-1]["content"][0]["image"] for talk in self.reply(conversations, way, **sampling)]
+            return [talk[-1]["content"][-1]["image"] for talk in self.reply(conversations, way, **sampling)]
         begun, settings = self.begun(conversations, way), self._drawing(conversations, sampling)
         return draw(self.model, self.processor, begun, **settings)
 

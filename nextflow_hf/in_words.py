@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 from . import ADAPTERS
 from .conversations import in_words
-from .inference import Conversation, answer, assistant, draw, fit_to_trained, own_resolution, prepare, user
+from .inference import Conversation, answer, assistant, draw, fit_to_trained, own_resolution, prepare, think, user
 from .likelihood import answer_log_probs, picture_log_probs
 from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from .processing.image_processing_base_nextflow import to_rgb
@@ -28,9 +28,9 @@ ADAPTER = "look"
 # Key of a picture's part of a turn: what it shows, where that is known.
 DESCRIPTION = "description"
 # Descriptions of a picture, and pictures of a prompt, of which one is kept.
-GUESSES, DRAFTS = 6, 4
+GUESSES, DRAFTS = 6, 8
 # What drawing counts beside reading where one is chosen (see `docs/abilities.md` for what it was chosen by).
-_DRAWN_WEIGHT = 0.1
+_DRAWN_WEIGHT = 0.05
 
 
 def adapter_for(checkpoint: str, adapter: str | None = None) -> str | None:
@@ -41,7 +41,8 @@ def adapter_for(checkpoint: str, adapter: str | None = None) -> str | None:
 def add_adapter(model: NextFlowForConditionalGeneration, adapter: str) -> None:
     """Give a model the adapter with which it looks and thinks in words; it stays off but for that.
 
-    How drafts are drawn in words stands in the adapter's own `generation_config.json`, if it has one.
+    How drafts are drawn in words, and whether a thought comes before an answer (`enable_thinking`), stands in the
+    adapter's own `generation_config.json`, if it has one.
 
     Args:
         model: The model that the adapter was trained for.
@@ -72,7 +73,7 @@ def looking(model: NextFlowForConditionalGeneration) -> Iterator[None]:
     known = model.config.abilities
     model.set_adapter(ADAPTER)
     model.enable_adapters()
-    model.config.abilities = None if known is None else sorted({*known, "text", "caption"})
+    model.config.abilities = None if known is None else sorted({*known, "text", "caption", "interleaved"})
     try:
         yield
     finally:
@@ -92,7 +93,7 @@ def look(
     """Conversations in words ([`conversations.in_words`]): the model describes each of their pictures by itself.
 
     Of several guesses at what a picture shows, a model that draws tells the right one by what it would have drawn: the
-    greatest log p(words | picture) + 0.1 log p(picture | words), a noisy channel (Yee et al., arXiv 1908.05731). So
+    greatest log p(words | picture) + 0.05 log p(picture | words), a noisy channel (Yee et al., arXiv 1908.05731). So
     what it has never seen together is read as well as it is drawn.
 
     Args:
@@ -191,12 +192,29 @@ def answer_in_words(
     """Answers as by `inference.answer` to conversations in which the model has first put its own words for pictures
     ([`look`], which makes `guesses` at each).
 
-    What would be answered by a picture is answered by its prompt.
+    What would be answered by a picture is answered by its prompt. A thought before it is left out.
     """
     told = look(model, processor, conversations, batch_size, resolution, guesses=guesses)
+    return [words for _, words in think_and_answer(model, processor, told, batch_size, max_new_tokens)]
+
+
+def think_and_answer(
+    model: NextFlowForConditionalGeneration,
+    processor: NextFlowProcessor,
+    told: Sequence[Conversation],
+    batch_size: int = 64,
+    max_new_tokens: int = 80,
+) -> list[tuple[str, str]]:
+    """A thought in its tags and the answer after it, to each of the conversations in words ([`look`]); the adapter is
+    on. One that was not trained to think leaves the thoughts empty."""
     with looking(model):
+        if not getattr(getattr(model, "drafting", None), "enable_thinking", False):
+            thoughts = [""] * len(told)
+        else:
+            thoughts = think(model, processor, told, batch_size)
+            told = [[*talk, assistant(thought)] for talk, thought in zip(told, thoughts)]
         said = answer(model, processor, told, batch_size, max_new_tokens=max_new_tokens)
-    return [own.strip() for own in said]
+    return [(thought, words.strip()) for thought, words in zip(thoughts, said)]
 
 
 def reply_in_words(
@@ -215,16 +233,17 @@ def reply_in_words(
 
     Nothing of a given picture reaches the new one but what the model says of it ([`look`], which makes `guesses`). So
     many `drafts` are drawn of each prompt, and the one that goes best with it is kept, told as [`look`] tells guesses.
-    The prompt stays with the picture as its `description`, so that a conversation goes on from what was meant: the
-    picture need not be read again, and what went wrong in drawing it does not add up over the turns. `sampling` goes to
-    `generate`, before what the adapter says ([`add_adapter`]).
+    The prompt stays with the picture as its `description`, and the thought that led to it before it, so that a
+    conversation goes on from what was meant: the picture need not be read again, and what went wrong in drawing it does
+    not add up over the turns. `sampling` goes to `generate`, before what the adapter says ([`add_adapter`]).
 
     Raises:
         ValueError: If there is less than one draft, or the model comes to no words for a conversation.
     """
     if drafts < 1:
         raise ValueError(f"At least one draft is drawn of each picture, got drafts={drafts}.")
-    prompts = answer_in_words(model, processor, conversations, batch_size, resolution, guesses=guesses)
+    told = look(model, processor, conversations, batch_size, resolution, guesses=guesses)
+    thoughts, prompts = zip(*think_and_answer(model, processor, told, batch_size)) if told else ((), ())
     if not all(prompts):
         raise ValueError(
             f"The model comes to no words for conversation {prompts.index('')}, so there is nothing to draw in words; "
@@ -241,10 +260,12 @@ def reply_in_words(
             best = {"best_of": drafts, "scorer": scorer}
         asked = [[user(own)] for own in prompts[chosen]]
         pictures += draw(model, processor, asked, seeds[chosen], batch_size, resolution, **best, **sampling)
-    return [
-        {"role": "assistant", "content": [{"type": "image", "image": picture, DESCRIPTION: prompt}]}
-        for picture, prompt in zip(pictures, prompts)
-    ]
+    turns = []
+    for thought, prompt, picture in zip(thoughts, prompts, pictures):
+        turn = assistant(*([thought] if thought else []), picture)
+        turn["content"][-1][DESCRIPTION] = prompt
+        turns.append(turn)
+    return turns
 
 
 def draw_in_words(
@@ -256,7 +277,7 @@ def draw_in_words(
 ) -> list[Image.Image]:
     """Pictures as by `inference.draw`, by way of words: those of [`reply_in_words`], which takes the `options`."""
     turns = reply_in_words(model, processor, conversations, seeds, **options)
-    return [turn["content"][0]["image"] for turn in turns]
+    return [turn["content"][-1]["image"] for turn in turns]
 
 
 def edit_in_words(
@@ -284,7 +305,7 @@ def _fitness(
     resolution: int | None,
     pictures: Sequence[torch.Tensor],
 ) -> list[float]:
-    """How well pictures in [-1, 1] go with their prompts: log p(prompt | picture) + 0.1 log p(picture | prompt)."""
+    """How well pictures in [-1, 1] go with their prompts: log p(prompt | picture) + 0.05 log p(picture | prompt)."""
     shown = processor.post_process_multimodal_output(pictures, generation_mode="image")
     read = [[user(own, WHOLE_QUESTION), assistant(prompt)] for own, prompt in zip(shown, prompts)]
     drawn = [[user(prompt), assistant(own)] for own, prompt in zip(shown, prompts)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import set_seed
 
 from .. import ADAPTERS, BUNDLED, REFINERS
+from .difference_adapter import make_adapter
 from .extraction import ExtractionSettings, run_extraction
 from .recipe import RECIPES, Recipe, flat_entries, load_recipe
 from .rejection import REJECTION_DEFAULTS, run_rejection
@@ -66,7 +67,7 @@ def is_done(recipe: Recipe) -> bool:
     folder = Path(recipe.output_dir)
     if recipe.stage == "extract":
         return all((folder / name / "manifest.json").is_file() for name in recipe.data)
-    results = {"text_tokenizer": "tokenizer.json", "rejection": "manifest.json"}
+    results = {"text_tokenizer": "tokenizer.json", "rejection": "manifest.json", "adapter": "adapter"}
     return (folder / results.get(recipe.stage, "final")).exists()
 
 
@@ -84,6 +85,7 @@ STAGES: dict[str, Callable[[Recipe], None]] = {
     "extract": run_extraction,
     "rejection": run_rejection,
     "decoder": train_decoder,
+    "adapter": make_adapter,
     "grpo": train_grpo,
     "refiner": _train_refiner,
     "chain": run_chain,
@@ -99,9 +101,10 @@ STAGE_ARGS: dict[str, set[str]] = {
     "decoder": {
         *("trained", "lora", "head_rows"),
         *("prefix_scales", "prompt_dropout", "attn_implementation", "fsdp_size", "dtype", "ema_decay"),
-        *("abilities", "sampling", "image_sizes", "sample_prompts", "sample_every", "image_size"),
+        *("abilities", "sampling", "thinks", "image_sizes", "sample_prompts", "sample_every", "image_size"),
         *("sequences", "task_inversion", "packing", "codes", "read_share", "epochs"),
     },
+    "adapter": {"lora"},
     "grpo": {"rewards", "region_func", "lora", "blend", "dtype"},
     "refiner": {
         *("base_pipeline", "base_dtype", "lora", "doubled", "caption_dropout"),
@@ -117,6 +120,7 @@ REQUIRED: dict[str, list[str]] = {
     "extract": ["init_from.vq"],
     "rejection": ["init_from.decoder", "source.class"],
     "decoder": ["init_from.tokenizer", "init_from.vq"],
+    "adapter": ["init_from.decoder", "init_from.trained", "stage_args.lora.target_modules"],
     "grpo": ["init_from.decoder", "source.class"],
     "refiner": ["init_from.vq", "source.class"],
     "chain": ["stage_args.recipes"],

@@ -1,11 +1,13 @@
 """The decoder's stages: drawing and reading pictures whose codes were extracted beforehand."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast, TrainerCallback
@@ -129,19 +131,21 @@ def train_decoder(recipe: Recipe) -> None:
     """Train the decoder on a frozen tokenizer.
 
     `init_from`: `tokenizer` (text), `vq`, and `decoder` to go on from, whatever text tokens and codes it had (but under
-    `fsdp_size`); `adapter`, a LoRA of that decoder, to train it further, as it is: its own configuration counts, not
-    `lora`. What it trains on is either `data` (extracted datasets, mixed by weight) or a `source` of pictures of one
-    size.
+    `fsdp_size`); `adapter`, a LoRA of that decoder, to train it further, as it is (its own configuration counts, not
+    `lora`), or beside `trained` parts to begin with it merged. What it trains on is either `data` (extracted datasets,
+    mixed by weight) or a `source` of pictures of one size.
     `stage_args`:
 
-    * what is trained: `trained` (first parts of parameter names; everything but the tokenizer where it is missing), or
+    * what is trained: `trained` (regular expressions of how names of parameters begin; everything but the tokenizer
+      where it is missing), or
       `lora` (arguments of `peft.LoraConfig`; the result has the adapter in `adapter` and is merged in `final`); with
       `head_rows: codes` the head's rows of text stay as they are, and no weight may decay;
     * how: `ema_decay` (of the averaged weights, which are the result: 0.999), `prefix_scales`, `prompt_dropout`,
       `attn_implementation`, `fsdp_size` (processes over which weights, gradients and the optimizer are sharded; goes on
       from a saved `decoder`), `dtype` (in which weights and the optimizer are kept; that in which `decoder` was saved
       where it is missing);
-    * what the checkpoint carries: `abilities`, `sampling` (its `image_*` generation settings), `image_sizes` (which it
+    * what the checkpoint carries: `abilities`, `sampling` (its `image_*` generation settings), `thinks` (whether its
+      answers in words begin with a thought: `enable_thinking` of its generation settings), `image_sizes` (which it
       lists as trained; all that its data have where it is missing);
     * samples on the way: `sample_prompts`, `sample_every` (not where weights are sharded), of `image_size`;
     * for `data`: `image_size` ([height, width] that is drawn where no size is asked for), `sequences` (how many, before
@@ -167,10 +171,10 @@ def train_decoder(recipe: Recipe) -> None:
     unknown = set(stage.get("sampling") or ()) - _SAMPLING
     if unknown:
         raise ValueError(f"`sampling` has the settings {sorted(_SAMPLING)}, not {sorted(unknown)}.")
-    ignored = sorted({"trained", "head_rows"} & set(stage))
-    if ignored and "adapter" in recipe.init_from:
+    merges = "adapter" in recipe.init_from and "trained" in stage
+    if "adapter" in recipe.init_from and "head_rows" in stage:
         raise ValueError(
-            f"With `init_from.adapter` its own weights are trained; leave {ignored} of `stage_args` out, or `adapter`."
+            "With `init_from.adapter` the head stays as it is; leave `head_rows` of `stage_args` out, or `adapter`."
         )
     if stage.get("dtype", "auto") not in _DTYPES:
         raise ValueError(f"`dtype` must be one of {_DTYPES}, got {stage['dtype']!r}.")
@@ -197,6 +201,8 @@ def train_decoder(recipe: Recipe) -> None:
 
     # 2. The decoder of the stage before, or a new one, and what of it is trained.
     model = _decoder_of(recipe, vq_model)
+    if merges:
+        model = PeftModel.from_pretrained(model, recipe.init_from["adapter"]).merge_and_unload()
     # What it could draw before, it can still; datasets of pictures that are only read have no sizes.
     image_sizes = {*image_sizes, *map(tuple, model.config.trained_image_sizes or ())}
     if "image_sizes" in stage:
@@ -226,6 +232,7 @@ def train_decoder(recipe: Recipe) -> None:
     model.generation_config = GenerationConfig(
         eos_token_id=builder.end_of_turn,
         pad_token_id=tokenizer.pad_token_id,
+        **({"enable_thinking": True} if stage.get("thinks") else {}),
         **{f"image_{name}": value for name, value in (stage.get("sampling") or {}).items()},
     )
     # The model says what it can do; samples on the way are drawn by what it says.
@@ -235,7 +242,7 @@ def train_decoder(recipe: Recipe) -> None:
         list(size) for size in sorted(image_sizes, key=lambda size: (size != image_size, size))
     ] or None
     # Settings of the model itself are made by now: merging gives it back.
-    has_adapter = "lora" in stage or "adapter" in recipe.init_from
+    has_adapter = "lora" in stage or ("adapter" in recipe.init_from and not merges)
     if has_adapter:
         model = _with_adapter(model, recipe)
     samples = SampleGridCallback(builder, stage.get("sample_prompts", []), image_size, stage.get("sample_every", 0))
@@ -253,8 +260,6 @@ def _save_adapter(model, folder: Path) -> None:
 
 
 def _with_adapter(model: NextFlowForConditionalGeneration, recipe: Recipe):
-    from peft import LoraConfig, PeftModel, get_peft_model
-
     if "adapter" not in recipe.init_from:
         return get_peft_model(model, LoraConfig(**recipe.stage_args["lora"]))
     return PeftModel.from_pretrained(model, recipe.init_from["adapter"], is_trainable=True)
@@ -365,11 +370,11 @@ def _freeze_all_but(model: NextFlowForConditionalGeneration, stage: dict) -> Non
     if parts is not None and "lora" in stage:
         raise ValueError("A stage trains `trained` parts or `lora`, not both; `lora` has its own `modules_to_save`.")
     names = [name for name, _ in model.named_parameters()]
-    unknown = [part for part in parts or () if not any(name.startswith(part) for name in names)]
+    unknown = [part for part in parts or () if not any(re.match(part, name) for name in names)]
     if unknown:
         raise ValueError(f"No parameter's name begins with {unknown}; names begin like {sorted({*map(_part, names)})}.")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parts is None or name.startswith(tuple(parts)))
+        parameter.requires_grad_(parts is None or any(re.match(part, name) for part in parts))
     model.vq_model.requires_grad_(False)
 
 

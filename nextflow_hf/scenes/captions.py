@@ -7,13 +7,15 @@ top left").
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import permutations
 
 import numpy as np
 
-from .world import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, named_cells, relation
+from .world import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, SceneObject, named_cells, relation
 
+NOTHING = "nothing"
 NUMBER_WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 # Those that a group of objects may have.
 NUMBERS = {number: NUMBER_WORDS[number] for number in (2, 3, 4)}
@@ -152,11 +154,17 @@ def caption_with_places(scene: Scene, rng: np.random.Generator) -> str:
 def tell_all(scene: Scene) -> str:
     """Words for everything about a scene: objects in reading order, sizes, colours, the places that have names, the
     background."""
-    groups = tuple(
-        Group(1, own.shape, own.color, own.size, named_cells(own.size, scene.lattice).get(own.cell))
-        for own in sorted(scene.objects, key=lambda own: own.center)
-    )
+    groups = tuple(_whole(own, scene) for own in sorted(scene.objects, key=lambda own: own.center))
     return words_of(Facts(groups, None, scene.background))
+
+
+def tell_objects(objects: Iterable[SceneObject], scene: Scene) -> str:
+    """Objects of a scene as [`tell_all`] names them, in the order given; "nothing" for none."""
+    return ", ".join(phrase(_whole(own, scene)) for own in objects) or NOTHING
+
+
+def _whole(own: SceneObject, scene: Scene) -> Group:
+    return Group(1, own.shape, own.color, own.size, named_cells(own.size, scene.lattice).get(own.cell))
 
 
 def _opening(rng: np.random.Generator) -> str:

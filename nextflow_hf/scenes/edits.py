@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .captions import Group, phrase
+from .captions import Group, phrase, tell_objects
 from .questions import refer
 from .sampling import draw_object, is_trained
 from .world import (
@@ -57,6 +57,18 @@ class Edit:
     def made(self) -> tuple[SceneObject, ...]:
         """Objects that are there only afterwards."""
         return tuple(own for own in self.after.objects if own not in self.before.objects)
+
+    @property
+    def step(self) -> str:
+        """The change with all that is to know about what changed: "a small red star on the left became a small blue
+        star on the left"."""
+        gone = tell_objects((own for own in self.before.objects if own not in self.after.objects), self.before)
+        made = tell_objects(self.made, self.after)
+        if self.kind == "background":
+            return self.change
+        if self.kind == "remove":
+            return f"{gone} is gone"
+        return f"{made} came" if self.kind == "add" else f"{gone} became {made}"
 
 
 def draw_edit(scene: Scene, rng: np.random.Generator, kind: str | None = None, trained: bool = True) -> Edit | None:

@@ -3,7 +3,7 @@
 A thing is asked about by words that fit it alone, and that do not give the answer away.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -18,11 +18,20 @@ KINDS = ("what", "shape", "color", "size", "where", "count", "exists", "relation
 
 @dataclass(frozen=True)
 class Question:
-    """A question of a kind of `KINDS`, and its answer."""
+    """A question about a scene.
+
+    Attributes:
+        kind: One of `KINDS`.
+        text: The question.
+        answer: The right answer.
+        about: The objects that the answer is found by looking at, in the question's or reading order; `None` where it
+            is found by looking at the background.
+    """
 
     kind: str
     text: str
     answer: str
+    about: tuple[SceneObject, ...] | None = None
 
 
 def ask(scene: Scene, rng: np.random.Generator, kind: str | None = None) -> Question | None:
@@ -81,6 +90,11 @@ def _fit(scene: Scene, own: SceneObject, names: tuple[str, ...]) -> int:
     return sum(all(getattr(other, name) == getattr(own, name) for name in names) for other in scene.objects)
 
 
+def in_reading_order(objects: Iterable[SceneObject]) -> tuple[SceneObject, ...]:
+    """Objects from top to bottom, and from left to right."""
+    return tuple(sorted(objects, key=lambda own: own.center))
+
+
 def _one_of(scene: Scene, rng: np.random.Generator) -> SceneObject:
     return scene.objects[rng.integers(len(scene.objects))]
 
@@ -91,14 +105,14 @@ def _what(scene: Scene, rng: np.random.Generator) -> Question | None:
     others = [named_cells(other.size, scene.lattice).get(other.cell) for other in scene.objects if other is not own]
     if place is None or place in others:
         return None
-    return Question("what", f"what is {PLACES[place]}?", phrase(Group(1, own.shape, own.color, own.size)))
+    return Question("what", f"what is {PLACES[place]}?", phrase(Group(1, own.shape, own.color, own.size)), (own,))
 
 
 def _attribute(name: str, wording: str) -> Callable:
     def question(scene: Scene, rng: np.random.Generator) -> Question | None:
         own = _one_of(scene, rng)
         words = "the object" if len(scene.objects) == 1 else refer(scene, own, rng, hidden=(name,))
-        return None if words is None else Question(name, wording.format(words), getattr(own, name))
+        return None if words is None else Question(name, wording.format(words), getattr(own, name), (own,))
 
     return question
 
@@ -107,14 +121,18 @@ def _where(scene: Scene, rng: np.random.Generator) -> Question | None:
     own = _one_of(scene, rng)
     place = named_cells(own.size, scene.lattice).get(own.cell)
     words = refer(scene, own, rng)
-    return None if place is None or words is None else Question("where", f"where is {words}?", PLACES[place])
+    if place is None or words is None:
+        return None
+    return Question("where", f"where is {words}?", PLACES[place], (own,))
 
 
 def _count(scene: Scene, rng: np.random.Generator) -> Question:
     choice = rng.integers(4)
     own = _one_of(scene, rng)
     if choice == 0:
-        return Question("count", "how many objects are there?", COUNTS[len(scene.objects)])
+        return Question(
+            "count", "how many objects are there?", COUNTS[len(scene.objects)], in_reading_order(scene.objects)
+        )
     # Now and then of what is not there.
     color = own.color if rng.random() < 0.8 else tuple(COLORS)[rng.integers(len(COLORS))]
     shape = own.shape if rng.random() < 0.8 else SHAPES[rng.integers(len(SHAPES))]
@@ -123,7 +141,8 @@ def _count(scene: Scene, rng: np.random.Generator) -> Question:
         2: (PLURALS[shape], lambda other: other.shape == shape),
         3: (f"{color} {PLURALS[shape]}", lambda other: (other.color, other.shape) == (color, shape)),
     }[int(choice)]
-    return Question("count", f"how many {words} are there?", COUNTS[sum(map(fits, scene.objects))])
+    found = list(filter(fits, scene.objects))
+    return Question("count", f"how many {words} are there?", COUNTS[len(found)], in_reading_order(found))
 
 
 def _exists(scene: Scene, rng: np.random.Generator) -> Question:
@@ -137,7 +156,9 @@ def _exists(scene: Scene, rng: np.random.Generator) -> Question:
             color = tuple(COLORS)[rng.integers(len(COLORS))] if change != 1 else own.color
             shape = SHAPES[rng.integers(len(SHAPES))] if change != 0 else own.shape
             kind = (color, shape)
-    return Question("exists", f"is there {phrase(Group(1, kind[1], kind[0]))}?", "yes" if kind in there else "no")
+    alike = in_reading_order(other for other in scene.objects if other.shape == kind[1])
+    words = phrase(Group(1, kind[1], kind[0]))
+    return Question("exists", f"is there {words}?", "yes" if kind in there else "no", alike)
 
 
 def _relation(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -158,7 +179,7 @@ def _relation(scene: Scene, rng: np.random.Generator) -> Question | None:
             if offset <= 0
         ]
         claimed, answer = false[rng.integers(len(false))], "no"
-    return Question("relation", f"is {words[0]} {RELATION_WORDS[claimed][0]} {words[1]}?", answer)
+    return Question("relation", f"is {words[0]} {RELATION_WORDS[claimed][0]} {words[1]}?", answer, (first, second))
 
 
 def _background(scene: Scene, rng: np.random.Generator) -> Question:

@@ -1,8 +1,8 @@
 """Conversations about scenes: records for extraction and training, one task after another.
 
 Every record is of kind `messages` (`docs/data.md`), so that one dataset class serves all tasks. Where pictures are
-given, `thinks` is the share of records that first think: they write down all that there is to see, or is to be drawn,
-and then answer or draw.
+given, `thinks` is the share of records that first think: they write down what the answer rests on (the objects that are
+meant, what becomes of which, the rule that examples show), and then answer or draw.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,10 @@ import numpy as np
 
 from ..conversations import in_words
 from ..processing.processing_nextflow import THINK_CLOSING, THINK_OPENING
-from .captions import Group, caption, caption_with_places, describe, phrase, tell_all
+from .captions import NOTHING, Group, caption, caption_with_places, describe, phrase, tell_all, tell_objects
 from .edits import draw_edit, draw_edits, draw_rule, same_picture
-from .questions import ask_several
+from .questions import Question, ask_several, in_reading_order
+from .renaming import rename
 from .riddles import draw_riddle
 from .sampling import FAMILIES, is_trained, orderly_scene, sample_scene
 from .signs import draw_sign, render_sign, transcript, words_of_sign
@@ -23,7 +24,7 @@ from .source import QUESTION, READ_QUESTION, WHOLE_QUESTION
 from .stories import THE_END, draw_story, longest_of
 from .world import BACKGROUNDS, PLACES, Scene, lattice_for, named_cells, render
 
-COMPARE_QUESTION, NOTHING = "what changed?", "nothing"
+COMPARE_QUESTION = "what changed?"
 EXAMPLE_PROMPT = "do the same"
 SUBJECT_PROMPT = "this object"
 # A place for a picture among the parts of a turn.
@@ -42,6 +43,7 @@ class TaskRecords:
         families: Shares of the kinds of scenes; see `sample_scene`.
         told: Share of the records that are in words alone, as `conversations.in_words` makes them: descriptions with
             everything in the place of pictures.
+        renamed: Share of these in which colours or shapes have other names; see `rename`.
         options: What only this task knows; see the functions of this module.
 
     Raises:
@@ -57,6 +59,7 @@ class TaskRecords:
         arrangement: str = "placed",
         families: tuple[float, ...] = FAMILIES,
         told: float = 0.0,
+        renamed: float = 0.0,
         **options,
     ):
         if task not in TASKS:
@@ -66,7 +69,8 @@ class TaskRecords:
             raise ValueError(f"The task {task!r} has the options {known}, not {sorted(set(options) - set(known))}.")
         if told and task == "sign":
             raise ValueError("Pictures of words are not told in words; leave `told` out.")
-        self.task, self.num_records, self.seed, self.told = task, num_records, seed, told
+        self.task, self.num_records, self.seed = task, num_records, seed
+        self.told, self.renamed = told, renamed
         self.sizes = tuple(map(tuple, np.atleast_2d(size).tolist()))
         self.arrangement, self.families, self.options = arrangement, tuple(families), options
 
@@ -90,6 +94,8 @@ class TaskRecords:
                     # In words every turn is learned, those that were only looked at, too.
                     turns = [{name: own for name, own in turn.items() if name != "weight"} for turn in messages]
                     messages, shown = in_words(turns, map(tell_all, shown)), []
+                    if _chosen(rng, self.renamed):
+                        messages = rename(messages, rng)
                 images = [render(own, size) if isinstance(own, Scene) else own for own in shown]
                 return {"id": f"{self.task} {self.seed}.{index}", "messages": messages, "images": images}
 
@@ -116,20 +122,21 @@ def _draw(rng, scene, size, wordings: int = 6, places: bool = True):
 
 
 def _ask(rng, scene, size, questions: int = 5, describes: float = 0.5, thinks: float = 0.0):
-    """A picture, and questions about it in turn; a share of them begins with its description. Or one and a thought."""
+    """A picture, and questions about it in turn; a share of them begins with its description."""
     own = scene()
-    if _chosen(rng, thinks):
-        one = next(iter(ask_several(own, rng, 1)), None)
-        if one is None:
-            return None
-        return [user(IMAGE, one.text), assistant(thought_turn(tell_all(own)) + one.answer)], [own]
-    asked = [(one.text, one.answer) for one in ask_several(own, rng, questions)]
+    does_think = _chosen(rng, thinks)
+    asked = ask_several(own, rng, questions)
     if rng.random() < describes:
-        asked.insert(0, (QUESTION, describe(own)))
+        asked.insert(0, Question("describe", QUESTION, describe(own), in_reading_order(own.objects)))
     messages = []
-    for number, (question, answer) in enumerate(asked):
-        messages += [user(*([] if number else [IMAGE]), question), assistant(answer)]
+    for number, one in enumerate(asked):
+        thought = thought_turn(_seen(one, own)) if does_think else ""
+        messages += [user(*([] if number else [IMAGE]), one.text), assistant(thought + one.answer)]
     return messages, [own]
+
+
+def _seen(one: Question, scene: Scene) -> str:
+    return f"a {scene.background} background" if one.about is None else tell_objects(one.about, scene)
 
 
 def _describe(rng, scene, size):
@@ -143,7 +150,7 @@ def _edit(rng, scene, size, thinks: float = 0.0):
     own = draw_edit(scene(), rng)
     if own is None:
         return None
-    thought = _thought_of(own.after) if _chosen(rng, thinks) else ()
+    thought = [thought_turn(own.step)] if _chosen(rng, thinks) else []
     return [user(IMAGE, own.text), assistant(*thought, IMAGE)], [own.before, own.after]
 
 
@@ -155,7 +162,7 @@ def _edit_turns(rng, scene, size, turns: int = 3, thinks: float = 0.0):
     does_think = _chosen(rng, thinks)
     messages = []
     for number, edit in enumerate(own, 1):
-        thought = _thought_of(edit.after) if does_think else ()
+        thought = [thought_turn(edit.step)] if does_think else []
         weight = {} if number == len(own) else {"weight": 0}
         messages += [user(*([] if messages else [IMAGE]), edit.text), assistant(*thought, IMAGE, **weight)]
     return messages, [own[0].before, *(edit.after for edit in own)]
@@ -170,7 +177,7 @@ def _compare(rng, scene, size, thinks: float = 0.0):
     after = own.before if same else own.after
     answer = NOTHING if same else own.change
     if _chosen(rng, thinks):
-        answer = thought_turn(f"first {tell_all(own.before)}. then {tell_all(after)}") + answer
+        answer = thought_turn(NOTHING if same else own.step) + answer
     return [user(IMAGE, IMAGE, COMPARE_QUESTION), assistant(answer)], [own.before, after]
 
 
@@ -183,7 +190,7 @@ def _in_context(rng, scene, size, examples: int = 2, thinks: float = 0.0):
     if not all(map(is_trained, afters)) or any(map(same_picture, befores, afters)):
         return None
     pairs = [own for pair in zip(befores, afters) for own in pair]
-    thought = _thought_of(afters[-1], rule.words) if _chosen(rng, thinks) else ()
+    thought = [thought_turn(rule.words)] if _chosen(rng, thinks) else []
     return [user(*[IMAGE] * (2 * examples + 1), EXAMPLE_PROMPT), assistant(*thought, IMAGE)], pairs
 
 
@@ -197,9 +204,8 @@ def _subject(rng, scene, size, thinks: float = 0.0):
     reference = draw_reference(own, rng)
     if not is_trained(reference):
         return None
-    thought = _thought_of(own) if _chosen(rng, thinks) else ()
-    messages = [user(IMAGE, ask_for_subject(own)), assistant(*thought, IMAGE)]
-    return messages, [reference, own]
+    thought = [thought_turn(tell_objects(reference.objects, reference))] if _chosen(rng, thinks) else []
+    return [user(IMAGE, ask_for_subject(own)), assistant(*thought, IMAGE)], [reference, own]
 
 
 def draw_reference(scene: Scene, rng: np.random.Generator) -> Scene:
@@ -245,11 +251,6 @@ def thought_turn(thought: str) -> str:
 def _chosen(rng: np.random.Generator, share: float) -> bool:
     """True for a share; with none, the randomness stays as it is."""
     return share > 0 and rng.random() < share
-
-
-def _thought_of(scene: Scene, *steps: str) -> tuple[str]:
-    """A thought before a picture: steps, and the whole prompt that they come to."""
-    return (thought_turn(". ".join([*steps, f"so {tell_all(scene)}"])),)
 
 
 def _story(rng, scene, size, frames: int = 5, kind: str = "story"):

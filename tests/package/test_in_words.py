@@ -22,6 +22,7 @@ from nextflow_hf.in_words import (
     look,
     looking,
     reply_in_words,
+    think_and_answer,
 )
 from nextflow_hf.inference import answer, assistant, draw, load, user
 from nextflow_hf.scenes import Referee, Scene, SceneObject, TaskRecords, facts_match, parse, render
@@ -104,8 +105,10 @@ def test_drawing_in_words_is_looking_thinking_and_drawing(mini):
     (told,) = look(*mini, [EDIT])
     assert texts(told)[0].startswith("a picture of ") and texts(told)[0].endswith("make the circle green")
     (prompt,) = answer_in_words(*mini, [EDIT])
+    ((thought, said),) = think_and_answer(*mini, [told])
+    assert said == prompt
     with looking(mini[0]):
-        assert prompt == answer(*mini, [told])[0].strip()
+        assert prompt == answer(*mini, [[*told, assistant(thought)] if thought else told])[0].strip()
     (picture,) = draw_in_words(*mini, [EDIT], [3], image_size=(64, 64), drafts=1)
     drafting = GenerationConfig.from_pretrained(ADAPTERS["mini"])
     (again,) = draw(*mini, [[user(prompt)]], [3], image_size=(64, 64), generation_config=drafting)
@@ -121,24 +124,47 @@ def test_drawing_in_words_is_looking_thinking_and_drawing(mini):
 
 def test_a_conversation_in_words_goes_on_from_what_was_meant(mini):
     (turn,) = reply_in_words(*mini, [EDIT], [3], image_size=(64, 64), drafts=1)
-    (part,) = turn["content"]
+    *thought, part = turn["content"]
+    ((wanted, _),) = think_and_answer(*mini, look(*mini, [EDIT]))
+    assert [own["text"] for own in thought] == ([wanted] if wanted else [])
     assert np.array_equal(part["image"], draw_in_words(*mini, [EDIT], [3], image_size=(64, 64), drafts=1)[0])
     (prompt,) = answer_in_words(*mini, [EDIT])
     assert part["description"] == prompt
-    said = {**turn, "content": [{**part, "description": "a small pink cross"}]}
+    said = {**turn, "content": [*thought, {**part, "description": "a small pink cross"}]}
     again = user("make the background gray")
     (told,) = look(*mini, [[*EDIT, said, again]])
-    assert texts(told)[:2] == [texts(look(*mini, [EDIT])[0])[0], "a small pink cross"]
+    assert texts(told)[:2] == [texts(look(*mini, [EDIT])[0])[0], f"{wanted}a small pink cross"]
     # Whoever looks at the picture itself is not told what it was to be.
-    plain = {**turn, "content": [{"type": "image", "image": part["image"]}]}
+    plain = {**turn, "content": [*thought, {"type": "image", "image": part["image"]}]}
     pictures = [draw(*mini, [[*EDIT, own, again]], [5], image_size=(64, 64))[0] for own in (said, plain)]
     assert np.array_equal(*pictures)
 
 
+def test_whoever_learned_to_think_does_so_before_it_answers(mini, monkeypatch):
+    model, _ = mini
+    told = [[user("a picture of a small red circle on the left. ", "make the circle blue")]] * 2
+    asked = []
+
+    def answered(model, processor, conversations, *args, **kwargs):
+        asked.append(conversations)
+        return [" a small blue circle "] * len(conversations)
+
+    monkeypatch.setattr(way, "answer", answered)
+    monkeypatch.setattr(way, "think", lambda model, processor, talks, *args: ["<think>\nred\n</think>\n"] * len(talks))
+    monkeypatch.setattr(model, "drafting", GenerationConfig(enable_thinking=True))
+    assert think_and_answer(*mini, told) == [("<think>\nred\n</think>\n", "a small blue circle")] * 2
+    assert asked == [[[*talk, assistant("<think>\nred\n</think>\n")] for talk in told]]
+    for settings in (GenerationConfig(), None):
+        monkeypatch.setattr(model, "drafting", settings)
+        assert think_and_answer(*mini, told) == [("", "a small blue circle")] * 2
+        assert asked.pop() == told
+
+
 def test_the_draft_that_goes_best_with_its_prompt_is_kept(mini, monkeypatch):
     prompts = ["a small red circle", "a large blue star"]
-    monkeypatch.setattr(way, "answer_in_words", lambda *args, **kwargs: prompts)
-    read, drawn = iter([[-5.0, -1.0], [-2.0, -3.0]]), iter([[-10.0, -30.0], [-20.0, -5.0]])
+    monkeypatch.setattr(way, "look", lambda model, processor, conversations, *args, **kwargs: conversations)
+    monkeypatch.setattr(way, "think_and_answer", lambda *args, **kwargs: [("", own) for own in prompts])
+    read, drawn = iter([[-5.0, -1.0], [-2.0, -3.0]]), iter([[-10.0, -60.0], [-20.0, -10.0]])
     scored = []
 
     def log_probs(model, processor, conversations, resolution, scores):
@@ -150,7 +176,7 @@ def test_the_draft_that_goes_best_with_its_prompt_is_kept(mini, monkeypatch):
     plain = {"temperature": 1.0, "top_p": 0.9, "guidance_scale": 0.0}
     kept = draw_in_words(*mini, [EDIT, EDIT], [3, 4], drafts=2, image_size=(64, 64), **plain)
     assert scored == [prompts, [None, None]] * 2
-    # -6.0 and -4.0 of the first, -4.0 and -3.5 of the second; a second draft has a seed of its own.
+    # -5.5 and -4.0 of the first, -3.0 and -3.5 of the second; a second draft has a seed of its own.
     drafts = draw(*mini, [[user(own)] for own in prompts], [3 + 1_000_003, 4 + 1_000_003], image_size=(64, 64), **plain)
     assert all(np.abs(np.asarray(own, int) - np.asarray(draft, int)).max() <= 1 for own, draft in zip(kept, drafts))
 

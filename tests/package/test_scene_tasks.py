@@ -22,7 +22,6 @@ from nextflow_hf.scenes import (
     answer_reward,
     draw_sign,
     facts_match,
-    is_complete,
     parse,
     render,
     render_sign,
@@ -32,15 +31,16 @@ from nextflow_hf.scenes import (
 )
 from nextflow_hf.scenes.edits import KINDS as EDITS
 from nextflow_hf.scenes.edits import Rule, draw_edit, draw_edits, has_room
+from nextflow_hf.scenes.questions import COUNTS, ask, ask_several, refer
 from nextflow_hf.scenes.questions import KINDS as QUESTIONS
-from nextflow_hf.scenes.questions import ask, ask_several, refer
+from nextflow_hf.scenes.renaming import OTHER_COLORS, OTHER_SHAPES
 from nextflow_hf.scenes.riddles import KINDS as RIDDLES
 from nextflow_hf.scenes.riddles import draw_riddle
 from nextflow_hf.scenes.sampling import is_trained
 from nextflow_hf.scenes.signs import FREE_PROMPTS, UNTAUGHT_PROMPTS, WORDS, Sign, ask_freely, transcript
 from nextflow_hf.scenes.stories import draw_story, replay
 from nextflow_hf.scenes.tasks import TASKS
-from nextflow_hf.scenes.world import PLACES, named_cells
+from nextflow_hf.scenes.world import COLORS, PLACES, SHAPES, named_cells
 from nextflow_hf.training.rewards import letters_right
 
 CIRCLE = SceneObject("circle", "red", "large", (0, 0))
@@ -377,24 +377,98 @@ def test_a_drawn_prompt_says_what_the_picture_shows():
     assert len(list(TaskRecords("edit", num_records=2))) == 2
 
 
-@pytest.mark.parametrize("task", ["edit", "edit_turns", "in_context", "subject"])
-def test_a_thought_before_a_picture_tells_all_of_it(task):
-    for record in list(TaskRecords(task, num_records=12, seed=4, thinks=1.0)):
+def thought_of(turn):
+    """The thought of an assistant's turn, and the words after it."""
+    opening, _, rest = turn["content"][0]["text"].partition("<think>\n")
+    thought, closing, words = rest.partition("\n</think>\n")
+    assert not opening and thought and closing
+    return thought, words
+
+
+@pytest.mark.parametrize("task", ["edit", "edit_turns"])
+def test_a_thought_before_an_edited_picture_tells_what_becomes_of_which(task):
+    kinds = set()
+    for record in TaskRecords(task, num_records=40, seed=4, thinks=1.0):
         *_, turn = record["messages"]
-        text, place = turn["content"]
-        assert place == {"type": "image"} and text["text"].endswith("\n</think>\n")
-        facts = parse(text["text"].removesuffix("\n</think>\n").rpartition("so ")[2])
-        assert is_complete(facts) and facts_match(facts, Referee().look(record["images"][-1]))
+        assert turn["content"][1] == {"type": "image"}
+        thought, words = thought_of(turn)
+        before, after = (Referee().look(own) for own in record["images"][-2:])
+        assert not words
+        if thought.startswith("the background became "):
+            assert thought == f"the background became {after.background}" and before.background != after.background
+            kinds.add("background")
+            continue
+        gone, verb, made = re.fullmatch(r"(.+?) (became|is gone|came)(?: (.+))?", thought).groups()
+        kinds.add(verb)
+        gone, made = {"became": (gone, made), "is gone": (gone, None), "came": (None, gone)}[verb]
+        there = [shown_once(gone, own) for own in (before, after)], [shown_once(made, own) for own in (before, after)]
+        assert there == ([gone is not None, False], [False, made is not None])
+    assert kinds == {"background", "became", "is gone", "came"}
 
 
-def test_thoughts_about_pictures_tell_what_they_show():
-    for record in list(TaskRecords("ask", num_records=12, seed=4, thinks=1.0)):
-        thought = record["messages"][1]["content"][0]["text"].removeprefix("<think>\n").partition("\n</think>\n")[0]
-        assert facts_match(parse(thought), Referee().look(record["images"][0]))
-    for record in list(TaskRecords("compare", num_records=12, seed=4, thinks=1.0)):
-        thought = record["messages"][1]["content"][0]["text"].removeprefix("<think>\n").partition("\n</think>\n")[0]
-        for text, picture in zip(thought.removeprefix("first ").split(". then "), record["images"], strict=True):
-            assert facts_match(parse(text), Referee().look(picture))
+def shown_once(words, reading):
+    """Whether a picture shows one object of these words, which say everything about it."""
+    if words is None:
+        return False
+    (group,) = parse(words).groups
+    return sum(group.fits(own, reading.lattice) for own in reading.objects) == 1
+
+
+def test_a_thought_before_going_by_examples_is_their_rule():
+    rules = set()
+    for record in TaskRecords("in_context", num_records=30, seed=4, thinks=1.0):
+        thought, words = thought_of(record["messages"][-1])
+        readings = [Referee().look(own) for own in record["images"]]
+        rules.add(thought.rpartition(" ")[0])
+        for after in readings[1::2]:
+            shown = {own.color for own in after.objects} | {f"a {own.shape}" for own in after.objects}
+            what, _, value = thought.partition(" becomes ")
+            assert value in ("", after.background if what == "the background" else value) and not words
+            assert what != "everything" or value in shown
+    assert rules == {"everything becomes", "everything becomes a", "the background becomes", "left and right change"}
+
+
+def test_thoughts_about_pictures_name_the_objects_that_the_answer_rests_on():
+    for record in TaskRecords("ask", num_records=40, seed=4, thinks=1.0):
+        reading = Referee().look(record["images"][0])
+        for question, turn in zip(record["messages"][::2], record["messages"][1::2]):
+            text = question["content"][-1]["text"]
+            thought, answer = thought_of(turn)
+            if text == "what color is the background?":
+                assert answer == reading.background and thought == f"a {answer} background"
+                continue
+            told = [] if thought == "nothing" else thought.split(", ")
+            assert all(shown_once(own, reading) for own in told)
+            if text == "describe the picture":
+                assert facts_match(parse(answer), reading) and len(told) == len(reading.objects)
+            elif text.startswith("how many"):
+                assert COUNTS[len(told)] == answer
+            elif text.startswith("is there"):
+                wanted = text.removeprefix("is there ").removesuffix("?").split()[1:]
+                assert answer == ("yes" if any(set(wanted) <= set(own.split()) for own in told) else "no")
+            elif text.startswith("is "):
+                assert len(told) == 2
+            else:
+                assert len(told) == 1 and answer in told[0]
+
+
+def test_a_thought_before_a_subject_names_it():
+    for record in TaskRecords("subject", num_records=12, seed=4, thinks=1.0):
+        thought, words = thought_of(record["messages"][-1])
+        assert shown_once(thought, Referee().look(record["images"][0])) and not words
+
+
+def test_thoughts_about_two_pictures_tell_what_becomes_of_which():
+    for record in TaskRecords("compare", num_records=40, seed=4, thinks=1.0):
+        thought, words = thought_of(record["messages"][-1])
+        verbs = [verb for verb in ("became", "moved", "is gone", "came", "nothing") if verb in words]
+        assert verbs == ["moved" if "moved" in words else verb for verb in verbs]
+        assert all(verb.replace("moved", "became") in thought for verb in verbs)
+        before, after = (Referee().look(own) for own in record["images"])
+        if thought.endswith(" came"):
+            assert shown_once(thought.removesuffix(" came"), after)
+        elif not thought.startswith(("nothing", "the background")):
+            assert shown_once(re.split(r" became | is gone", thought)[0], before)
 
 
 @pytest.mark.parametrize(
@@ -412,3 +486,28 @@ def test_records_without_thoughts_are_those_that_mini_was_trained_on(task, diges
     record = TaskRecords(task, num_records=3, seed=4)[2]
     content = json.dumps(record["messages"]).encode() + b"".join(own.tobytes() for own in record["images"])
     assert hashlib.sha256(content).hexdigest()[:12] == digest
+
+
+def test_renamed_records_keep_to_their_new_names():
+    """Nothing changes but the names: what comes back under the old ones is the same record."""
+    plain = TaskRecords("edit", num_records=60, seed=5, told=1.0, thinks=1.0)
+    renamed = TaskRecords("edit", num_records=60, seed=5, told=1.0, thinks=1.0, renamed=1.0)
+    words = {*COLORS, *SHAPES}
+    kinds = set()
+    for one, other in zip(plain, renamed):
+        texts = [
+            " ".join(p["text"] for turn in own["messages"] for p in turn["content"]).split() for own in (one, other)
+        ]
+        # "an orange" becomes "a ripe".
+        texts = [["a" if word == "an" else word for word in own] for own in texts]
+        names = {}
+        for before, after in zip(*texts, strict=True):
+            assert names.setdefault(before, after) == after
+        assert len(set(names.values())) == len(names)
+        changed = {before for before, after in names.items() if before != after}
+        assert changed and changed <= words | {f"{own}." for own in words}
+        kinds.add((bool(changed & {*COLORS}), bool(changed & {*SHAPES})))
+    assert kinds == {(True, False), (False, True), (True, True)}
+    assert all(len({*names}) == len(names) for names in (OTHER_COLORS, OTHER_SHAPES))
+    assert not ({*OTHER_COLORS} & {*OTHER_SHAPES}) and not words & {*OTHER_COLORS, *OTHER_SHAPES}
+    assert not any(own[0] in "aeiou" for own in (*OTHER_COLORS, *OTHER_SHAPES))

@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dots import SQUARE, Dots, codes_of
+from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from small_models import small_config, small_model
@@ -610,12 +612,16 @@ def test_the_bundled_checkpoint_and_adapter_are_all_that_mini_look_starts_from(t
     main(["extract", "mini-extract-look", "init_from.vq=mini", *few])
     start = [f"init_from.{role}=mini" for role in ("tokenizer", "vq", "decoder", "adapter")]
     run_recipe(load_recipe("mini-look", [*start, "trainer.max_steps=1", "trainer.learning_rate=0.0"]))
+    run_recipe(load_recipe("mini-look-adapter", ["init_from.decoder=mini"]))
     before, after = (
-        load_file(Path(folder) / "adapter_model.safetensors")
+        PeftModel.from_pretrained(NextFlowForConditionalGeneration.from_pretrained(nextflow_hf.MINI), folder)
         for folder in (nextflow_hf.ADAPTERS["mini"], "runs/mini/look/adapter")
     )
-    assert before.keys() == after.keys()
-    assert all(torch.equal(after[name], own.float()) for name, own in before.items())
+    wanted, made = (own.merge_and_unload().state_dict() for own in (before, after))
+    for name, own in wanted.items():
+        torch.testing.assert_close(made[name], own, atol=1e-4, rtol=0, msg=name)
+    settings = GenerationConfig.from_pretrained("runs/mini/look/adapter")
+    assert settings.enable_thinking and settings.image_guidance_scale == 1.5
 
 
 @pytest.mark.parametrize(
@@ -1015,8 +1021,6 @@ def test_refuses_parts_that_cannot_be_trained(train_on_codes, stage_args, messag
 
 
 def test_lora_trains_resumes_and_is_merged(train_on_codes, tmp_path):
-    from peft import PeftModel
-
     train_on_codes("base", 1)
     lora = {"lora": {"r": 2, "target_modules": "all-linear", "exclude_modules": ".*vq_model.*|lm_head"}}
     folder = train_on_codes("whole", 4, decoder="base", **lora)
@@ -1054,9 +1058,59 @@ def test_an_adapter_is_trained_further(train_on_codes):
     assert adapted and all("q_proj" in name or "connector.linear_1" in name for name in adapted)
     for name in whole:
         torch.testing.assert_close(whole[name], stands[name], atol=1e-6, rtol=1e-5)
-    for settings in ({"trained": ["lm_head"]}, {"head_rows": "codes"}):
-        with pytest.raises(ValueError, match=f"leave {[*settings]}".replace("[", r"\[")):
-            train_on_codes("never", 1, "base", adapter="whole", **settings)
+    with pytest.raises(ValueError, match="leave `head_rows`"):
+        train_on_codes("never", 1, "base", adapter="whole", head_rows="codes")
+
+
+def test_whole_weights_begin_with_an_adapter_merged_and_end_as_one(train_on_codes, tmp_path):
+    base = weights_in(train_on_codes("base", 1))
+    lora = {"r": 2, "target_modules": "all-linear", "exclude_modules": ".*vq_model.*|lm_head"}
+    merged = weights_in(train_on_codes("adapted", 3, decoder="base", lora=lora))
+    trained = {"trained": [r"model\.(language_model\.layers\.\d+|connector)\..*(proj|linear_.)\.weight"]}
+    stands = train_on_codes("stands", 1, "base", {"learning_rate": 0.0}, "adapted", thinks=True, **trained)
+    for name, own in weights_in(stands).items():
+        torch.testing.assert_close(own, merged[name], atol=1e-6, rtol=1e-5)
+    assert not (stands / "adapter").exists()
+    moved = weights_in(train_on_codes("moved", 3, "base", adapter="adapted", **trained))
+    changed = {name for name in base if not torch.equal(base[name], moved[name])}
+    assert changed and all(re.fullmatch(trained["trained"][0], name) for name in changed)
+
+    def cut(name, rank, start="moved"):
+        start = {"decoder": str(tmp_path / "base" / "final"), "trained": str(tmp_path / start / "final")}
+        stage_args = {"lora": {**lora, "r": rank, "lora_alpha": 3 * rank}}
+        run_recipe(Recipe(stage="adapter", output_dir=str(tmp_path / name), init_from=start, stage_args=stage_args))
+        decoder = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "base" / "final")
+        return PeftModel.from_pretrained(decoder, tmp_path / name / "adapter").merge_and_unload().state_dict()
+
+    # At rank 2 what was learned at rank 2 comes out whole; what whole weights learned wants every rank, and of fewer
+    # each brings it nearer.
+    two = cut("two", 2, "stands")
+    for name, own in merged.items():
+        torch.testing.assert_close(two[name], own, atol=1e-5, rtol=1e-4)
+    left = [
+        sum(float((own[name] - moved[name]).square().sum()) for name in moved)
+        for own in (base, cut("one", 1), cut("some", 16), cut("all", 512))
+    ]
+    assert left == sorted(left, reverse=True) and left[0] > 10 * left[2] > 0 and left[3] < 1e-6 * left[0]
+    assert GenerationConfig.from_pretrained(tmp_path / "two" / "adapter").enable_thinking is True
+    assert not hasattr(GenerationConfig.from_pretrained(tmp_path / "all" / "adapter"), "enable_thinking")
+
+
+def test_what_an_adapter_cannot_hold_is_told_or_refused(train_on_codes, tmp_path, caplog):
+    train_on_codes("base", 1)
+    train_on_codes("other", 2, decoder="base")
+
+    def cut(**lora):
+        start = {"decoder": str(tmp_path / "base" / "final"), "trained": str(tmp_path / "other" / "final")}
+        run_recipe(Recipe("adapter", str(tmp_path / "cut"), init_from=start, stage_args={"lora": lora} if lora else {}))
+
+    cut(target_modules=["q_proj"])
+    assert "no layers of the adapter" in caplog.text and "norm" in caplog.text
+    with pytest.raises(ValueError, match=r"needs \['stage_args.lora.target_modules'\]"):
+        cut()
+    shutil.copytree(nextflow_hf.MINI, tmp_path / "other" / "final", dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="different shapes"):
+        cut(target_modules=["q_proj"])
 
 
 def test_inverted_tasks_ask_for_the_words(train_on_codes, tmp_path, tokenizer):
