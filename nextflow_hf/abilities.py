@@ -233,8 +233,10 @@ def score_conversations(tested: Tested, turns: int = 3) -> dict:
     result = {}
     for way in tested.ways:
         conversations = [[user(tested.picture(edits[0].before), edits[0].text)] for edits in wanted]
+        # In words nobody looks at the pictures on the way, so these need no choice of drafts.
+        on_the_way = {"drafts": 1} if way == IN_WORDS else {}
         for turn in range(1, turns):
-            replied = tested.reply(conversations, way)
+            replied = tested.reply(conversations, way, **on_the_way)
             conversations = [[*talk, user(edits[turn].text)] for talk, edits in zip(replied, wanted)]
         pictures = tested.draw(conversations, way)
         right = [shows(referee.look(picture), edits[-1].after) for picture, edits in zip(pictures, wanted)]

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from . import ADAPTERS, BUNDLED, REFINERS, NextFlowRefinerPipeline
 from .evaluation import evaluate_in_words, evaluate_scenes, evaluate_words, table
+from .in_words import THINK
 from .inference import load
 from .model_card import adapter_card, model_card, refiner_card, words_card
 from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
@@ -22,7 +23,7 @@ from .refining import load_refiner
 from .training.stage_trainer import save_whole
 from .training.train_decoder import processor_for
 
-MAX_BYTES, MAX_REFINER_BYTES, MAX_ADAPTER_BYTES = 40 * 10**6, 12 * 10**6, 10 * 10**6
+MAX_BYTES, MAX_REFINER_BYTES, MAX_ADAPTER_BYTES = 40 * 10**6, 12 * 10**6, 24 * 10**6
 # What drawing may lose where other scores rise.
 MAX_DRAWING_LOSS = 0.02
 _LOG = "training_log.json"
@@ -177,34 +178,31 @@ def bundle_refiner(run: Path, name: str) -> Path:
     return target
 
 
-def bundle_adapter(run: Path, name: str, **evaluation) -> dict:
+def bundle_adapter(run: Path, name: str, thinks: Path | None = None, **evaluation) -> dict:
     """Put an adapter's run into the box: its weights in half precision, its log, its scores and its card.
 
     Args:
         run: Folder of the run.
         name: A name of `ADAPTERS`: the checkpoint that it was trained for. What is there is replaced only by a better
             one ([`check_better`]).
+        thinks: Folder of the run of a second one for thinking in words ([`in_words.add_adapter`]).
         evaluation: Arguments of `evaluate_in_words`.
 
     Returns:
         The scores.
 
     Raises:
-        ValueError: If it is too large, holds numbers that half precision does not, scores no better than the one that
-            is there, or the checkpoint of that name has no adapter in the box.
+        ValueError: If they are too large, hold numbers that half precision does not, score no better than what is
+            there, or the checkpoint of that name has no adapter in the box.
     """
     target, candidate = _place_of(name, ADAPTERS, "adapter"), run / "candidate"
-    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = f"nextflow-{name}"
-    weights = load_file(run / "adapter" / "adapter_model.safetensors")
-    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    runs = [own for own in (run, thinks) if own is not None]
+    logs = {own.name: json.loads((own / "trainer_state.json").read_text())["log_history"] for own in runs}
 
     def save(folder: Path) -> None:
-        halves = {key: _half(key, own).contiguous() for key, own in weights.items()}
-        save_file(halves, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        shutil.copy(run / "adapter" / "generation_config.json", folder)
-        (folder / _LOG).write_text(json.dumps({run.name: log}, indent=1) + "\n")
+        for own, place in zip(runs, (folder, folder / THINK)):
+            _save_adapter(own / "adapter", place, f"nextflow-{name}")
+        (folder / _LOG).write_text(json.dumps(logs, indent=1) + "\n")
         size = sum(path.stat().st_size for path in folder.rglob("*"))
         if size > MAX_ADAPTER_BYTES:
             raise ValueError(f"The adapter has {size / 1e6:.1f} MB; {MAX_ADAPTER_BYTES / 1e6:.0f} MB at most.")
@@ -214,9 +212,22 @@ def bundle_adapter(run: Path, name: str, **evaluation) -> dict:
     (candidate / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     if (target / "evaluation.json").is_file():
         check_better(json.loads((target / "evaluation.json").read_text()), result)
-    (candidate / "README.md").write_text(adapter_card(name, config["r"], result).content)
+    ranks = [json.loads((own / "adapter" / "adapter_config.json").read_text())["r"] for own in runs]
+    (candidate / "README.md").write_text(adapter_card(name, ranks, result).content)
     save_whole(target, lambda folder: shutil.copytree(candidate, folder, dirs_exist_ok=True))
     return result
+
+
+def _save_adapter(adapter: Path, folder: Path, base: str) -> None:
+    """An adapter as it lies in the box, where its base is the checkpoint of a name."""
+    folder.mkdir(exist_ok=True)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = base
+    weights = load_file(adapter / "adapter_model.safetensors")
+    halves = {key: _half(key, own).contiguous() for key, own in weights.items()}
+    save_file(halves, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    shutil.copy(adapter / "generation_config.json", folder)
 
 
 def _place_of(name: str, places: dict[str, str], kind: str) -> Path:
@@ -270,14 +281,18 @@ def main() -> None:
     kind.add_argument("--vq", help="name of a run with a better pixel decoder for the same codes")
     kind.add_argument("--refiner", action="store_true", help="the run is a refiner's")
     kind.add_argument("--adapter", action="store_true", help="the run is an adapter's")
+    parser.add_argument("--thinks", help="with --adapter: name of the run of a second adapter, for thinking in words")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.thinks is not None and not args.adapter:
+        parser.error("--thinks goes with --adapter")
     if args.refiner:
         print(bundle_refiner(args.runs / args.decoder, args.name))
         return
     if args.adapter:
-        print(table(bundle_adapter(args.runs / args.decoder, args.name)))
+        thinks = None if args.thinks is None else args.runs / args.thinks
+        print(table(bundle_adapter(args.runs / args.decoder, args.name, thinks)))
         return
     print(table(bundle(args.runs, args.name, args.decoder, args.vq)))
 

@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     edit.add_argument("--in-words", action="store_true", help="describe the picture, change the words, draw it anew")
     edit.add_argument("--adapter", help="with --in-words: folder or Hub id of an adapter for it (mini has its own)")
-    edit.add_argument("--drafts", type=int, help="with --in-words: draw so many, keep what fits its words best (4)")
+    edit.add_argument("--drafts", type=int, help="with --in-words: draw so many, keep what fits its words best (8)")
     edit.add_argument("--output", type=Path, default=Path("edited.png"))
     edit.add_argument("--seed", type=int, default=0)
     _add_sampling(edit)

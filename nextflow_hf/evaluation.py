@@ -21,7 +21,7 @@ from .abilities import (
     score_words,
     shows,
 )
-from .in_words import DRAFTS, GUESSES, adapter_for, add_adapter
+from .in_words import DRAFTS, GUESSES, THINK, adapter_for, add_adapter
 from .inference import describe_pictures, draw_prompts, load
 from .intervals import interval, resample, summarize
 from .modeling.configuration_nextflow import NextFlowVQConfig
@@ -335,8 +335,9 @@ def table(result: dict) -> str:
 
 
 def weights_hash(folder: str) -> str | None:
-    """First digits of the SHA-256 of a local checkpoint's weights; `None` for what is not a folder here."""
-    files = sorted(Path(folder).glob("*.safetensors"))
+    """First digits of the SHA-256 of the weights of a local checkpoint, or of an adapter and the one that thinks beside
+    it; `None` for what is not a folder here."""
+    files = [*sorted(Path(folder).glob("*.safetensors")), *sorted(Path(folder, THINK).glob("*.safetensors"))]
     if not files:
         return None
     digest = hashlib.sha256()

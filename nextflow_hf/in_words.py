@@ -1,18 +1,21 @@
 """Seeing and editing by way of words: what a model says of pictures takes their place, and text does the rest.
 
-A model describes what it is shown, goes on in text alone, and draws the prompt that the text comes to. An adapter
-(LoRA) may teach it the looking and thinking: it is on for these and off while the model draws, so what the model draws
-and answers at once stays as it is.
+A model describes what it is shown, goes on in text alone, and draws the prompt that the text comes to. Adapters (LoRA)
+may teach it to look and to think: each is on for its part and off while the model draws, so what the model draws and
+answers at once stays as it is.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from pathlib import PurePosixPath
 
 import torch
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file, logging
 
 from . import ADAPTERS
 from .conversations import in_words
@@ -23,8 +26,9 @@ from .processing.image_processing_base_nextflow import to_rgb
 from .processing.processing_nextflow import NextFlowProcessor
 from .scenes import WHOLE_QUESTION
 
-# Name of the adapter that is switched on for looking and thinking.
-ADAPTER = "look"
+# Names of the adapters that are switched on for looking at pictures, and for thinking in words. As PEFT saves several,
+# the second lies in a folder of its name beside the first.
+LOOK, THINK = "look", "think"
 # Key of a picture's part of a turn: what it shows, where that is known.
 DESCRIPTION = "description"
 # Descriptions of a picture, and pictures of a prompt, of which one is kept.
@@ -39,39 +43,71 @@ def adapter_for(checkpoint: str, adapter: str | None = None) -> str | None:
 
 
 def add_adapter(model: NextFlowForConditionalGeneration, adapter: str) -> None:
-    """Give a model the adapter with which it looks and thinks in words; it stays off but for that.
+    """Give a model the adapter with which it looks, and thinks in words; it stays off but for that.
 
-    How drafts are drawn in words, and whether a thought comes before an answer (`enable_thinking`), stands in the
-    adapter's own `generation_config.json`, if it has one.
+    If there is another one in its folder `think`, that is for the thinking, and the first for looking at pictures. How
+    drafts are drawn in words stands in the adapter's own `generation_config.json`, if it has one, and whether a
+    thought comes before an answer (`enable_thinking`) in that of the one that thinks.
 
     Args:
         model: The model that the adapter was trained for.
         adapter: A name of `ADAPTERS`, a folder or a Hub id.
 
     Raises:
-        ValueError: If the model has one already, or the adapter is that of a model of another shape.
+        ValueError: If the model has one already, or the adapter is that of a model of another shape or not whole.
     """
     path = ADAPTERS.get(adapter, adapter)
-    try:
-        model.load_adapter(path, adapter_name=ADAPTER)
-    except RuntimeError as error:
-        model.delete_adapter(ADAPTER)
-        raise ValueError(f"The adapter {adapter!r} was trained for a model of another shape than this one.") from error
+    thinks = cached_file(path, f"{THINK}/{ADAPTER_CONFIG_NAME}", _raise_exceptions_for_missing_entries=False)
+    folders = {LOOK: ""} if thinks is None else {LOOK: "", THINK: THINK}
+    for name, folder in folders.items():
+        try:
+            # Of the second it would be reported that all weights of the first are missing.
+            with _quiet():
+                loaded = model.load_adapter(path, adapter_name=name, adapter_kwargs={"subfolder": folder})
+        except RuntimeError as error:
+            _remove(model, folders)
+            raise ValueError(
+                f"The adapter {adapter!r} was trained for a model of another shape than this one."
+            ) from error
+        missing = sorted(key for key in loaded.missing_keys if f".{name}." in key)
+        if missing:
+            _remove(model, folders)
+            raise ValueError(f"The adapter {adapter!r} lacks {len(missing)} of its weights, such as {missing[0]!r}.")
     model.disable_adapters()
-    try:
-        model.drafting = GenerationConfig.from_pretrained(path)
-    except OSError:
-        model.drafting = None
+    model.drafting = _settings_of(path)
+    model.thinks_in_words = bool(getattr(_settings_of(path, folder), "enable_thinking", False))
+
+
+def _remove(model: NextFlowForConditionalGeneration, adapters: Iterable[str]) -> None:
+    model.delete_adapter([name for name in adapters if name in model.peft_config])
 
 
 @contextmanager
-def looking(model: NextFlowForConditionalGeneration) -> Iterator[None]:
-    """The model with its adapter on, where it has been given one."""
-    if ADAPTER not in getattr(model, "peft_config", {}):
+def _quiet() -> Iterator[None]:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _settings_of(path: str, folder: str = "") -> GenerationConfig | None:
+    try:
+        # A `subfolder` is not looked into where the path is a folder here.
+        return GenerationConfig.from_pretrained(path, str(PurePosixPath(folder, GENERATION_CONFIG_NAME)))
+    except OSError:
+        return None
+
+
+@contextmanager
+def looking(model: NextFlowForConditionalGeneration, adapter: str = LOOK) -> Iterator[None]:
+    """The model with its adapter for looking on, where it has been given one."""
+    if adapter not in getattr(model, "peft_config", {}):
         yield
         return
     known = model.config.abilities
-    model.set_adapter(ADAPTER)
+    model.set_adapter(adapter)
     model.enable_adapters()
     model.config.abilities = None if known is None else sorted({*known, "text", "caption", "interleaved"})
     try:
@@ -79,6 +115,11 @@ def looking(model: NextFlowForConditionalGeneration) -> Iterator[None]:
     finally:
         model.config.abilities = known
         model.disable_adapters()
+
+
+def thinking(model: NextFlowForConditionalGeneration) -> AbstractContextManager[None]:
+    """The model with its adapter for thinking in words on, which may be the one for looking."""
+    return looking(model, THINK if THINK in getattr(model, "peft_config", {}) else LOOK)
 
 
 def look(
@@ -205,10 +246,12 @@ def think_and_answer(
     batch_size: int = 64,
     max_new_tokens: int = 80,
 ) -> list[tuple[str, str]]:
-    """A thought in its tags and the answer after it, to each of the conversations in words ([`look`]); the adapter is
-    on. One that was not trained to think leaves the thoughts empty."""
-    with looking(model):
-        if not getattr(getattr(model, "drafting", None), "enable_thinking", False):
+    """A thought in its tags and the answer after it, to each of the conversations in words ([`look`]).
+
+    Of a model that was not trained to think the thoughts are empty.
+    """
+    with thinking(model):
+        if not getattr(model, "thinks_in_words", False):
             thoughts = [""] * len(told)
         else:
             thoughts = think(model, processor, told, batch_size)

@@ -247,11 +247,11 @@ def refiner_card(name: str, pipeline) -> ModelCard:
 _ADAPTER_BODY = """\
 # nextflow-{name}-look
 
-An adapter (LoRA of rank {rank}) for `nextflow-{name}`, an independent open [NextFlow](https://arxiv.org/abs/2601.02204)
-model: with it the model looks and thinks in words. It describes a picture of *scenes* with all places, and edits,
-compares, answers and goes by examples where descriptions stand in the place of pictures. It is on while the model does
-so and off while it draws, so nothing else changes. It is added to the loaded checkpoint, as below: `from_pretrained` of
-this folder alone would look for its base model on the Hub, where it is not.
+{what} for `nextflow-{name}`, an independent open [NextFlow](https://arxiv.org/abs/2601.02204) model, to look and think
+in words: to describe a picture of *scenes* with all places, and to edit, compare, answer and go by examples where
+descriptions stand in the place of pictures. On for that and off while the model draws, so nothing else changes. It is
+added to the loaded checkpoint, as below: `from_pretrained` of this folder alone would look for its base model on the
+Hub, where it is not.
 
 ```python
 from nextflow_hf.in_words import add_adapter, answer_in_words, edit_in_words
@@ -274,20 +274,23 @@ Reproduce with
 nextflow-hf evaluate in-words --checkpoint {name}
 ```
 
-Trained on a CPU with the recipe `mini-look` of the package, on pictures that a program renders and on texts alone;
-`training_log.json` has the losses.
+Trained on a CPU, to look on pictures that a program renders and to think on texts alone (`docs/training.md` of the
+package); `training_log.json` has the losses.
 """
 
 
-def adapter_card(name: str, rank: int, result: dict) -> ModelCard:
+def adapter_card(name: str, ranks: list[int], result: dict) -> ModelCard:
     """The card of a bundled adapter.
 
     Args:
         name: The checkpoint that it is for, one of `ADAPTERS`.
-        rank: Its rank.
+        ranks: Its rank, and that of the one for thinking, if there is one.
         result: What `evaluate_in_words` measured of it.
     """
     data = ModelCardData(license="apache-2.0", library_name="peft", pipeline_tag="any-to-any", tags=["nextflow"])
     settings = {key: result["settings"][key] for key in ("guesses", "drafts")}
-    body = _ADAPTER_BODY.format(name=name, rank=rank, table=table(result), **settings)
+    what = f"An adapter (LoRA of rank {ranks[0]})"
+    if len(ranks) == 2:
+        what = f"Two adapters (LoRA of rank {ranks[0]}, and, in `think`, of rank {ranks[1]})"
+    body = _ADAPTER_BODY.format(name=name, what=what, table=table(result), **settings)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")

@@ -169,9 +169,11 @@ def run_recipe(recipe: Recipe) -> None:
 
 
 def _found(role: str, start: str) -> str:
-    """Where a stage starts from: the folder of what is bundled, a folder that is there, or a Hub id."""
+    """Where a stage starts from: the folder of what is bundled, or one in it, a folder that is there, or a Hub id."""
     bundled = {"refiner": REFINERS, "adapter": ADAPTERS}.get(role, BUNDLED)
-    path = Path(bundled.get(start, start)).expanduser()
+    name, _, part = start.partition("/")
+    inside = Path(bundled.get(name, start)) / part
+    path = inside if name in bundled and inside.is_dir() else Path(start).expanduser()
     # A Hub id has at most one slash.
     if path.exists() or (len(path.parts) <= 2 and not path.is_absolute()):
         return str(path)

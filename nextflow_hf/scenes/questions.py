@@ -3,7 +3,7 @@
 A thing is asked about by words that fit it alone, and that do not give the answer away.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -48,13 +48,19 @@ def ask(scene: Scene, rng: np.random.Generator, kind: str | None = None) -> Ques
     return _ASK[kind](scene, rng)
 
 
-def ask_several(scene: Scene, rng: np.random.Generator, number: int) -> list[Question]:
-    """Up to `number` different questions about a scene, of kinds in random order."""
+def ask_several(scene: Scene, rng: np.random.Generator, number: int, kinds: Sequence[str] = KINDS) -> list[Question]:
+    """Up to `number` different questions about a scene, of `kinds` in random order.
+
+    Raises:
+        ValueError: If one of the kinds is not of `KINDS`.
+    """
+    if not kinds or set(kinds) - set(KINDS):
+        raise ValueError(f"Questions are of some of the kinds {KINDS}, got {list(kinds)}.")
     found: dict[str, Question] = {}
     for turn in range(3 * number):
-        if turn % len(KINDS) == 0:
-            kinds = list(rng.permutation(KINDS))
-        own = _ASK[kinds[turn % len(KINDS)]](scene, rng)
+        if turn % len(kinds) == 0:
+            shuffled = list(rng.permutation(kinds))
+        own = _ASK[shuffled[turn % len(kinds)]](scene, rng)
         if own is not None:
             found.setdefault(own.text, own)
         if len(found) == number:

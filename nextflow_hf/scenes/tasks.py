@@ -5,7 +5,7 @@ given, `thinks` is the share of records that first think: they write down what t
 meant, what becomes of which, the rule that examples show), and then answer or draw.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from inspect import signature
 
@@ -15,7 +15,7 @@ from ..conversations import in_words
 from ..processing.processing_nextflow import THINK_CLOSING, THINK_OPENING
 from .captions import NOTHING, Group, caption, caption_with_places, describe, phrase, tell_all, tell_objects
 from .edits import draw_edit, draw_edits, draw_rule, same_picture
-from .questions import Question, ask_several, in_reading_order
+from .questions import KINDS, Question, ask_several, in_reading_order
 from .renaming import rename
 from .riddles import draw_riddle
 from .sampling import FAMILIES, is_trained, orderly_scene, sample_scene
@@ -121,11 +121,13 @@ def _draw(rng, scene, size, wordings: int = 6, places: bool = True):
     return [user([tell(own, rng) for _ in range(wordings)]), assistant(IMAGE)], [own]
 
 
-def _ask(rng, scene, size, questions: int = 5, describes: float = 0.5, thinks: float = 0.0):
-    """A picture, and questions about it in turn; a share of them begins with its description."""
+def _ask(rng, scene, size, questions: int = 5, describes: float = 0.5, thinks: float = 0.0, kinds: Sequence = KINDS):
+    """A picture, and questions of some kinds about it in turn; a share of them begins with its description."""
     own = scene()
     does_think = _chosen(rng, thinks)
-    asked = ask_several(own, rng, questions)
+    asked = ask_several(own, rng, questions, kinds)
+    if not asked:
+        return None
     if rng.random() < describes:
         asked.insert(0, Question("describe", QUESTION, describe(own), in_reading_order(own.objects)))
     messages = []

@@ -1,6 +1,7 @@
 """Conversations in words: what becomes of their pictures, and what a model makes of them."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from nextflow_hf import ADAPTERS, MINI
@@ -23,6 +25,7 @@ from nextflow_hf.in_words import (
     looking,
     reply_in_words,
     think_and_answer,
+    thinking,
 )
 from nextflow_hf.inference import answer, assistant, draw, load, user
 from nextflow_hf.scenes import Referee, Scene, SceneObject, TaskRecords, facts_match, parse, render
@@ -107,7 +110,7 @@ def test_drawing_in_words_is_looking_thinking_and_drawing(mini):
     (prompt,) = answer_in_words(*mini, [EDIT])
     ((thought, said),) = think_and_answer(*mini, [told])
     assert said == prompt
-    with looking(mini[0]):
+    with thinking(mini[0]):
         assert prompt == answer(*mini, [[*told, assistant(thought)] if thought else told])[0].strip()
     (picture,) = draw_in_words(*mini, [EDIT], [3], image_size=(64, 64), drafts=1)
     drafting = GenerationConfig.from_pretrained(ADAPTERS["mini"])
@@ -151,13 +154,12 @@ def test_whoever_learned_to_think_does_so_before_it_answers(mini, monkeypatch):
 
     monkeypatch.setattr(way, "answer", answered)
     monkeypatch.setattr(way, "think", lambda model, processor, talks, *args: ["<think>\nred\n</think>\n"] * len(talks))
-    monkeypatch.setattr(model, "drafting", GenerationConfig(enable_thinking=True))
+    monkeypatch.setattr(model, "thinks_in_words", True)
     assert think_and_answer(*mini, told) == [("<think>\nred\n</think>\n", "a small blue circle")] * 2
     assert asked == [[[*talk, assistant("<think>\nred\n</think>\n")] for talk in told]]
-    for settings in (GenerationConfig(), None):
-        monkeypatch.setattr(model, "drafting", settings)
-        assert think_and_answer(*mini, told) == [("", "a small blue circle")] * 2
-        assert asked.pop() == told
+    monkeypatch.setattr(model, "thinks_in_words", False)
+    assert think_and_answer(*mini, told) == [("", "a small blue circle")] * 2
+    assert asked.pop() == told
 
 
 def test_the_draft_that_goes_best_with_its_prompt_is_kept(mini, monkeypatch):
@@ -228,6 +230,57 @@ def test_an_adapter_of_another_model_is_refused_and_leaves_nothing():
         add_adapter(words, "mini")
     assert not hasattr(words, "peft_config")
     assert np.array_equal(before, draw(words, its_processor, asked, [3], image_size=(48, 80))[0])
+
+
+def test_one_adapter_may_look_and_another_think(tmp_path):
+    """Each on for its own part; a folder without `think` has one for both."""
+    bundled = Path(ADAPTERS["mini"])
+    for place, scale, settings in ((tmp_path, 1.0, {}), (tmp_path / "think", 2.0, {"enable_thinking": True})):
+        place.mkdir(exist_ok=True)
+        weights = load_file(bundled / "adapter_model.safetensors")
+        save_file({name: scale * own for name, own in weights.items()}, place / "adapter_model.safetensors")
+        (place / "adapter_config.json").write_text((bundled / "adapter_config.json").read_text())
+        GenerationConfig(image_top_k=scale, **settings).save_pretrained(place)
+
+    def outputs(model):
+        """Of one layer that the adapters change: while looking, while thinking, and else."""
+        layer, given = model.model.connector.linear_1, torch.ones(1, model.model.connector.linear_1.in_features)
+        with looking(model):
+            looked = layer(given)
+        with thinking(model):
+            thought = layer(given)
+        return looked, thought, layer(given)
+
+    model, _ = load("mini")
+    plain = model.model.connector.linear_1(torch.ones(1, model.model.connector.linear_1.in_features))
+    hashes = [weights_hash(str(tmp_path))]
+    add_adapter(model, str(tmp_path))
+    assert model.thinks_in_words and model.drafting.image_top_k == 1.0
+    looked, thought, off = outputs(model)
+    assert torch.equal(off, plain) and not torch.allclose(looked, plain)
+    torch.testing.assert_close(thought - plain, 4 * (looked - plain), atol=1e-4, rtol=1e-3)
+
+    shutil.rmtree(tmp_path / "think")
+    hashes.append(weights_hash(str(tmp_path)))
+    model, _ = load("mini")
+    add_adapter(model, str(tmp_path))
+    looked, thought, off = outputs(model)
+    assert not model.thinks_in_words and torch.equal(looked, thought) and torch.equal(off, plain)
+    assert len(set(hashes)) == 2
+
+
+@pytest.mark.parametrize("folder", ["", "think"])
+def test_an_adapter_that_is_not_whole_is_refused_and_leaves_nothing(tmp_path, folder):
+    for place in (tmp_path, tmp_path / "think"):
+        shutil.copytree(ADAPTERS["mini"], place, dirs_exist_ok=True, ignore=lambda *_: ["think"])
+    weights = load_file(tmp_path / folder / "adapter_model.safetensors")
+    weights.pop("base_model.model.model.connector.linear_1.lora_B.weight")
+    save_file(weights, tmp_path / folder / "adapter_model.safetensors")
+    model, _ = load("mini")
+    with pytest.raises(ValueError, match=r"lacks 1 of its weights, such as 'model.connector.linear_1.lora_B"):
+        add_adapter(model, str(tmp_path))
+    assert not getattr(model, "peft_config", None)
+    add_adapter(model, "mini")
 
 
 def test_a_second_adapter_is_refused(mini):

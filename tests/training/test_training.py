@@ -608,20 +608,34 @@ def test_a_bundled_checkpoint_is_a_start_by_its_name(monkeypatch):
 
 def test_the_bundled_checkpoint_and_adapter_are_all_that_mini_look_starts_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    few = [f"data.{name}.args.num_records=6" for name in load_recipe("mini-extract-look").data]
-    main(["extract", "mini-extract-look", "init_from.vq=mini", *few])
+    main(["extract", "mini-extract-look", "init_from.vq=mini", "data.describe.args.num_records=6"])
     start = [f"init_from.{role}=mini" for role in ("tokenizer", "vq", "decoder", "adapter")]
     run_recipe(load_recipe("mini-look", [*start, "trainer.max_steps=1", "trainer.learning_rate=0.0"]))
-    run_recipe(load_recipe("mini-look-adapter", ["init_from.decoder=mini"]))
     before, after = (
-        PeftModel.from_pretrained(NextFlowForConditionalGeneration.from_pretrained(nextflow_hf.MINI), folder)
+        load_file(Path(folder) / "adapter_model.safetensors")
         for folder in (nextflow_hf.ADAPTERS["mini"], "runs/mini/look/adapter")
     )
-    wanted, made = (own.merge_and_unload().state_dict() for own in (before, after))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], own.float()) for name, own in before.items())
+
+
+def test_mini_think_starts_from_the_box_too_and_ends_as_an_adapter(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = [f"data.{name}.args.num_records=6" for name in load_recipe("mini-extract-think").data]
+    main(["extract", "mini-extract-think", "init_from.vq=mini", *few])
+    start = [f"init_from.{role}=mini" for role in ("tokenizer", "vq", "decoder")]
+    still = ["trainer.max_steps=1", "trainer.learning_rate=0.0"]
+    run_recipe(load_recipe("mini-think", [*start, "init_from.adapter=mini/think", *still]))
+    run_recipe(load_recipe("mini-think-adapter", ["init_from.decoder=mini"]))
+    wanted, made = (
+        PeftModel.from_pretrained(NextFlowForConditionalGeneration.from_pretrained(nextflow_hf.MINI), folder)
+        .merge_and_unload()
+        .state_dict()
+        for folder in (Path(nextflow_hf.ADAPTERS["mini"]) / "think", "runs/mini/think/adapter")
+    )
     for name, own in wanted.items():
         torch.testing.assert_close(made[name], own, atol=1e-4, rtol=0, msg=name)
-    settings = GenerationConfig.from_pretrained("runs/mini/look/adapter")
-    assert settings.enable_thinking and settings.image_guidance_scale == 1.5
+    assert GenerationConfig.from_pretrained("runs/mini/think/adapter").enable_thinking
 
 
 @pytest.mark.parametrize(
