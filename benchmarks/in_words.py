@@ -5,10 +5,12 @@
 Tests of the validation split. Descriptions are right to the letter; of several guesses the one with the greatest
 log p(words | picture) + w log p(picture | words) is taken. Drafts are drawn of the true prompts of edited scenes, as
 the checkpoint draws at once and as the adapter says, and one is taken likewise. Told means from true descriptions, with
-no picture read or drawn. Writes `benchmarks/results/in_words.json` and the tables in `docs/abilities.md`.
+no picture read or drawn: the likeliest words, and of several guesses the one that is best when it is checked. Writes
+`benchmarks/results/in_words.json` and the tables in `docs/abilities.md`.
 """
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,9 @@ from common import RESULTS, record, table, write_json
 
 from nextflow_hf import ADAPTERS
 from nextflow_hf.abilities import Tested, edits_of, examples_of, score_comparison, score_questions, shows
-from nextflow_hf.conversations import SHOWN
+from nextflow_hf.conversations import DESCRIPTION
 from nextflow_hf.evaluation import weights_hash
-from nextflow_hf.in_words import DRAFTS, GUESSES, add_adapter, guess, looking, think_and_answer
+from nextflow_hf.in_words import DRAFTS, GUESSES, add_adapter, answer_in_words, guess, looking
 from nextflow_hf.inference import assistant, draw, load, user
 from nextflow_hf.likelihood import answer_log_probs, picture_log_probs
 from nextflow_hf.scenes import WHOLE_QUESTION, Referee
@@ -32,14 +34,17 @@ WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5)
 BATCH = 16
 
 
+@dataclass(frozen=True)
 class Told(Tested):
-    """Shows its scenes in words."""
+    """Shows its scenes in words, and makes so many guesses at thought and answer."""
+
+    guesses: int = GUESSES
 
     def picture(self, scene):
-        return SHOWN.format(tell_all(scene))
+        return {"type": "image", DESCRIPTION: tell_all(scene)}
 
     def answer(self, conversations, way=""):
-        return [words for _, words in think_and_answer(self.model, self.processor, conversations)]
+        return answer_in_words(self.model, self.processor, conversations, guesses=self.guesses)
 
 
 def best(right: np.ndarray, read: np.ndarray, drawn: np.ndarray) -> dict[str, float]:
@@ -57,7 +62,8 @@ def score_descriptions(tested: Tested) -> dict[str, float]:
     for first in range(0, len(scenes), BATCH):
         chosen = scenes[first : first + BATCH]
         pictures = [tested.picture(scene) for scene in chosen]
-        said, scores = guess(model, processor, [[user(own, WHOLE_QUESTION)] for own in pictures], GUESSES, level)
+        with looking(model):
+            said, scores = guess(model, processor, [[user(own, WHOLE_QUESTION)] for own in pictures], GUESSES, level)
         ended = [[user(text or "nothing"), assistant(pictures[row // GUESSES])] for row, text in enumerate(said)]
         wanted = [tell_all(scene) for scene in chosen for _ in range(GUESSES)]
         right += [one == other for one, other in zip(said, wanted)]
@@ -118,23 +124,27 @@ def main() -> None:
     model, processor = load(args.checkpoint)
     add_adapter(model, args.adapter)
     settings = (model, processor, (64, 64), args.tests, args.seed, args.split)
-    tested, told = Tested(*settings), Told(*settings)
+    tested, likeliest, checked = Tested(*settings), Told(*settings, guesses=1), Told(*settings)
     chosen = {
         "descriptions, by guesses": score_descriptions(tested),
         "pictures, by drafts as the checkpoint draws": score_drafts(tested),
         "pictures, by drafts as the adapter says": score_drafts(tested, generation_config=model.drafting),
     }
-    by_skill = score_told(told)
+    by_skill = {"told, the likeliest alone": score_told(likeliest), "told": score_told(checked)}
     result = {
         name: {key: round(float(value), 4) for key, value in own.items()}
-        for name, own in {**chosen, "told": by_skill}.items()
+        for name, own in {**chosen, **by_skill}.items()
     }
     adapter_hash = weights_hash(ADAPTERS.get(args.adapter, args.adapter))
     write_json(args.output, {**record(args.threads), "adapter_sha256": adapter_hash, "tests": args.tests, **result})
     header = ["right", "the first alone", *(f"w = {weight:g}" for weight in WEIGHTS), "any"]
     rows = [[name, *(f"{value:.2f}" for value in result[name].values())] for name in chosen]
-    skills = [[name, f"{value:.2f}"] for name, value in result["told"].items()]
-    text = f"{table(header, rows)}\n\n{table(['told', 'right'], skills)}"
+    skills = [
+        [name, f"{value:.2f}", f"{result['told'][name]:.2f}"]
+        for name, value in result["told, the likeliest alone"].items()
+    ]
+    told = table(["told", "right: the likeliest words", f"of {GUESSES} guesses, checked"], skills)
+    text = f"{table(header, rows)}\n\n{told}"
     print(text)
     if args.output == RESULTS / "in_words.json":
         before, after = DOCUMENT.read_text().split(BEGIN)[0], DOCUMENT.read_text().split(END)[1]

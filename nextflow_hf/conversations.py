@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 # How a conversation in words says what a picture of it shows.
 SHOWN = "a picture of {}. "
+# Key of a picture's part of a turn, and of the words in its place: what it shows.
+DESCRIPTION = "description"
 
 
 def in_words(conversation: list[dict], descriptions: Iterable[str]) -> list[dict]:
@@ -11,6 +13,7 @@ def in_words(conversation: list[dict], descriptions: Iterable[str]) -> list[dict
 
     What a user shows becomes "a picture of ... ."; what the assistant draws becomes the words that ask for it. So a
     model that describes what it is shown can go on in words: a picture that would answer has its prompt for an answer.
+    Such a part of a turn has what it says in `description` as well.
 
     Args:
         conversation: Turns as chat templates know them.
@@ -30,7 +33,7 @@ def in_words(conversation: list[dict], descriptions: Iterable[str]) -> list[dict
                 description = next(left, None)
                 if description is None:
                     raise ValueError("The conversation has more pictures than descriptions were given.")
-                part = {"type": "text", "text": form.format(description)}
+                part = {"type": "text", "text": form.format(description), DESCRIPTION: description}
             told.append(part)
         turns.append({**turn, "content": told})
     if next(left, None) is not None:

@@ -18,23 +18,24 @@ from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file, logging
 
 from . import ADAPTERS
-from .conversations import in_words
-from .inference import Conversation, answer, assistant, draw, fit_to_trained, own_resolution, prepare, think, user
+from .conversations import DESCRIPTION, SHOWN, in_words
+from .inference import Conversation, answer, assistant, draw, fit_to_trained, own_resolution, prepare, user
 from .likelihood import answer_log_probs, picture_log_probs
 from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from .processing.image_processing_base_nextflow import to_rgb
-from .processing.processing_nextflow import NextFlowProcessor
+from .processing.processing_nextflow import THINK_CLOSING, THINK_OPENING, NextFlowProcessor
 from .scenes import WHOLE_QUESTION
+from .scenes.tasks import COMPARE_QUESTION
 
 # Names of the adapters that are switched on for looking at pictures, and for thinking in words. As PEFT saves several,
 # the second lies in a folder of its name beside the first.
 LOOK, THINK = "look", "think"
-# Key of a picture's part of a turn: what it shows, where that is known.
-DESCRIPTION = "description"
 # Descriptions of a picture, and pictures of a prompt, of which one is kept.
 GUESSES, DRAFTS = 6, 8
 # What drawing counts beside reading where one is chosen (see `docs/abilities.md` for what it was chosen by).
 _DRAWN_WEIGHT = 0.05
+# What the check of a change by the other way round counts beside it, and the least that it counts as.
+_CHECK_WEIGHT, _CHECK_FLOOR = 0.3, -10.0
 
 
 def adapter_for(checkpoint: str, adapter: str | None = None) -> str | None:
@@ -180,23 +181,22 @@ def guess(
     guesses: int,
     resolution: int | None = None,
     max_new_tokens: int = 80,
+    **template,
 ) -> tuple[list[str], torch.Tensor]:
-    """The likeliest answers to each conversation by beam search, its adapter on, and their log-probabilities in nats:
-    `(conversations * guesses,)` each, the guesses at one conversation side by side, best first."""
-    inputs = prepare(processor, conversations, resolution).to(model.device)
-    with looking(model):
-        output = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=guesses,
-            num_return_sequences=guesses,
-            length_penalty=0.0,
-            return_dict_in_generate=True,
-            output_scores=True,
-        )
+    """The likeliest answers to each conversation by beam search, and their log-probabilities in nats: `(conversations *
+    guesses,)` each, the guesses at one conversation side by side, best first. `template` goes to the chat template."""
+    inputs = prepare(processor, conversations, resolution, **template).to(model.device)
+    beams = {"num_beams": guesses, "num_return_sequences": guesses, "length_penalty": 0.0, "output_scores": True}
+    output = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        **(beams if guesses > 1 else {}),
+    )
+    scores = output.sequences_scores if guesses > 1 else torch.zeros(len(conversations), device=model.device)
     said = processor.batch_decode(output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [own.strip() for own in said], output.sequences_scores
+    return [own.strip() for own in said], scores
 
 
 def _read(
@@ -209,7 +209,8 @@ def _read(
     guesses: int,
 ) -> list[str]:
     """Of the guesses at each picture, the one that goes best with how it would be drawn."""
-    said, scores = guess(model, processor, asked, guesses, resolution)
+    with looking(model):
+        said, scores = guess(model, processor, asked, guesses, resolution)
     # Nothing can be drawn of no words.
     rows = [row for row, text in enumerate(said) if text]
     drawn = [[user(said[row]), {"role": "assistant", "content": [shown[row // guesses]]}] for row in rows]
@@ -227,7 +228,7 @@ def answer_in_words(
     conversations: Sequence[Conversation],
     batch_size: int = 64,
     resolution: int | None = None,
-    max_new_tokens: int = 80,
+    max_new_tokens: int = 200,
     guesses: int = GUESSES,
 ) -> list[str]:
     """Answers as by `inference.answer` to conversations in which the model has first put its own words for pictures
@@ -236,7 +237,7 @@ def answer_in_words(
     What would be answered by a picture is answered by its prompt. A thought before it is left out.
     """
     told = look(model, processor, conversations, batch_size, resolution, guesses=guesses)
-    return [words for _, words in think_and_answer(model, processor, told, batch_size, max_new_tokens)]
+    return [words for _, words in think_and_answer(model, processor, told, batch_size, max_new_tokens, guesses)]
 
 
 def think_and_answer(
@@ -244,20 +245,67 @@ def think_and_answer(
     processor: NextFlowProcessor,
     told: Sequence[Conversation],
     batch_size: int = 64,
-    max_new_tokens: int = 80,
+    max_new_tokens: int = 200,
+    guesses: int = GUESSES,
 ) -> list[tuple[str, str]]:
     """A thought in its tags and the answer after it, to each of the conversations in words ([`look`]).
 
-    Of a model that was not trained to think the thoughts are empty.
+    Of a model that was not trained to think the thoughts are empty, and the likeliest words the answer. Else so many
+    guesses at thought and answer are checked against the other way round, a noisy channel once more: what changes a
+    picture by what is asked, by whether a comparison of the two would find that change; what tells two pictures apart,
+    by whether it would make the second of the first. The greatest sum of log-probabilities is taken, that of the check
+    counted 0.3 and no lower than -10: where nothing passes, nothing was to be checked.
     """
     with thinking(model):
         if not getattr(model, "thinks_in_words", False):
-            thoughts = [""] * len(told)
+            said = answer(model, processor, told, batch_size, max_new_tokens=max_new_tokens)
+            return [("", words.strip()) for words in said]
+        found = []
+        step = max(1, batch_size // guesses)
+        for first in tqdm(range(0, len(told), step), desc="think"):
+            talks = told[first : first + step]
+            said, scores = guess(model, processor, talks, guesses, max_new_tokens=max_new_tokens, enable_thinking=True)
+            split = [_split(own) for own in said]
+            checks = _checks(model, processor, [talk for talk in talks for _ in range(guesses)], split, batch_size)
+            best = (scores + _CHECK_WEIGHT * checks).view(-1, guesses).argmax(dim=1).tolist()
+            found += [split[row * guesses + own] for row, own in enumerate(best)]
+    return [(THINK_OPENING + thought, words) for thought, words in found]
+
+
+def _split(said: str) -> tuple[str, str]:
+    """The rest of a thought, which is closed where it has no end, and the words after it."""
+    thought, _, words = said.partition(THINK_CLOSING.strip())
+    return f"{thought.strip()}\n{THINK_CLOSING}", words.strip()
+
+
+def _checks(
+    model: NextFlowForConditionalGeneration,
+    processor: NextFlowProcessor,
+    talks: Sequence[Conversation],
+    split: Sequence[tuple[str, str]],
+    batch_size: int,
+) -> torch.Tensor:
+    """Log-probabilities in nats of the other way round, 0 where there is none: `(conversations,)`."""
+    reverse = {}
+    for row, (talk, (thought, words)) in enumerate(zip(talks, split)):
+        *_, shown = described = [[part[DESCRIPTION] for part in _parts(turn) if DESCRIPTION in part] for turn in talk]
+        known = [own for turn in described for own in turn]
+        if not words or not known or len(shown) > 2:
+            continue
+        if len(shown) == 2:
+            reverse[row] = [user(SHOWN.format(shown[0]), words), assistant(thought + shown[1])]
         else:
-            thoughts = think(model, processor, told, batch_size)
-            told = [[*talk, assistant(thought)] for talk, thought in zip(told, thoughts)]
-        said = answer(model, processor, told, batch_size, max_new_tokens=max_new_tokens)
-    return [(thought, words.strip()) for thought, words in zip(thoughts, said)]
+            pictures = map(SHOWN.format, (known[-1], words))
+            reverse[row] = [user(*pictures, COMPARE_QUESTION), assistant(thought)]
+    checks = torch.zeros(len(split), device=model.device)
+    if reverse:
+        scores = answer_log_probs(
+            model, processor, list(reverse.values()), batch_size, goes_on=True, enable_thinking=True
+        )
+        checks[list(reverse)] = scores.float().clamp(min=_CHECK_FLOOR)
+    # Nothing said is no answer.
+    checks[[row for row, (_, words) in enumerate(split) if not words]] = float("-inf")
+    return checks
 
 
 def reply_in_words(
@@ -286,7 +334,9 @@ def reply_in_words(
     if drafts < 1:
         raise ValueError(f"At least one draft is drawn of each picture, got drafts={drafts}.")
     told = look(model, processor, conversations, batch_size, resolution, guesses=guesses)
-    thoughts, prompts = zip(*think_and_answer(model, processor, told, batch_size)) if told else ((), ())
+    thoughts, prompts = (
+        zip(*think_and_answer(model, processor, told, batch_size, guesses=guesses)) if told else ((), ())
+    )
     if not all(prompts):
         raise ValueError(
             f"The model comes to no words for conversation {prompts.index('')}, so there is nothing to draw in words; "
@@ -358,5 +408,9 @@ def _fitness(
 
 
 def _pictures(conversation: Conversation) -> list[dict]:
-    contents = [turn["content"] for turn in conversation if not isinstance(turn["content"], str)]
-    return [part for content in contents for part in content if "text" not in part]
+    return [part for turn in conversation for part in _parts(turn) if "text" not in part]
+
+
+def _parts(turn: dict) -> list[dict]:
+    """The parts of a turn; none of one that is a text."""
+    return [] if isinstance(turn["content"], str) else turn["content"]

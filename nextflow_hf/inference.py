@@ -35,18 +35,19 @@ def load(
 
 
 def user(*parts) -> dict:
-    """A user's turn of texts and pictures (PIL, array or tensor), in order."""
-    return {
-        "role": "user",
-        "content": [
-            {"type": "text", "text": own} if isinstance(own, str) else {"type": "image", "image": own} for own in parts
-        ],
-    }
+    """A user's turn of texts, pictures (PIL, array or tensor) and parts as chat templates know them, in order."""
+    return {"role": "user", "content": list(map(_part, parts))}
 
 
 def assistant(*parts) -> dict:
-    """An assistant's turn of texts and pictures."""
-    return {**user(*parts), "role": "assistant"}
+    """An assistant's turn of the same."""
+    return {"role": "assistant", "content": list(map(_part, parts))}
+
+
+def _part(own) -> dict:
+    if isinstance(own, dict):
+        return own
+    return {"type": "text", "text": own} if isinstance(own, str) else {"type": "image", "image": own}
 
 
 def prepare(

@@ -18,6 +18,8 @@ def answer_log_probs(
     conversations: Sequence[Conversation],
     batch_size: int = 64,
     resolution: int | None = None,
+    goes_on: bool = False,
+    **template,
 ) -> torch.Tensor:
     """Log-probability in nats of the words that end each conversation, and of nothing more: `(conversations,)`.
 
@@ -27,6 +29,8 @@ def answer_log_probs(
         conversations: Turns as chat templates know them, of which the last is the assistant's and of text alone.
         batch_size: Conversations at a time.
         resolution: Level at which the model looks at pictures; the processor's by default.
+        goes_on: Whether more may follow the words, of which nothing is asked.
+        template: What the chat template knows. With `enable_thinking` the words are what follows the opening tag.
 
     Raises:
         ValueError: If the last turn is not an assistant's in words.
@@ -35,11 +39,11 @@ def answer_log_probs(
     for first in tqdm(range(0, len(conversations), batch_size), desc="score words", leave=False):
         chosen = conversations[first : first + batch_size]
         tokenizer = processor.tokenizer
+        end = [] if goes_on else [tokenizer.eos_token_id]
         answers = [
-            torch.tensor([*tokenizer(_words_of(own[-1]), add_special_tokens=False).input_ids, tokenizer.eos_token_id])
-            for own in chosen
+            torch.tensor([*tokenizer(_words_of(own[-1]), add_special_tokens=False).input_ids, *end]) for own in chosen
         ]
-        inputs = prepare(processor, [own[:-1] for own in chosen], resolution).to(model.device)
+        inputs = prepare(processor, [own[:-1] for own in chosen], resolution, **template).to(model.device)
         answers = pad_sequence(answers, batch_first=True, padding_value=-1).to(model.device)
         ids, mask = _continued(processor, inputs, answers)
         # A token is scored at the position before it.

@@ -108,10 +108,8 @@ def test_drawing_in_words_is_looking_thinking_and_drawing(mini):
     (told,) = look(*mini, [EDIT])
     assert texts(told)[0].startswith("a picture of ") and texts(told)[0].endswith("make the circle green")
     (prompt,) = answer_in_words(*mini, [EDIT])
-    ((thought, said),) = think_and_answer(*mini, [told])
+    ((_, said),) = think_and_answer(*mini, [told])
     assert said == prompt
-    with thinking(mini[0]):
-        assert prompt == answer(*mini, [[*told, assistant(thought)] if thought else told])[0].strip()
     (picture,) = draw_in_words(*mini, [EDIT], [3], image_size=(64, 64), drafts=1)
     drafting = GenerationConfig.from_pretrained(ADAPTERS["mini"])
     (again,) = draw(*mini, [[user(prompt)]], [3], image_size=(64, 64), generation_config=drafting)
@@ -143,23 +141,66 @@ def test_a_conversation_in_words_goes_on_from_what_was_meant(mini):
     assert np.array_equal(*pictures)
 
 
-def test_whoever_learned_to_think_does_so_before_it_answers(mini, monkeypatch):
+BEFORE, AFTER = ({"type": "image", "description": f"a {own} star"} for own in ("red", "blue"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "reverse", "expected"),
+    [
+        # An edit is checked by comparing.
+        (
+            [user(BEFORE, "make the star blue")],
+            [user("a picture of a red star. ", "a picture of one. ", "what changed?"), assistant("A\n</think>\n")],
+            "two",
+        ),
+        # So is one of what was drawn before.
+        (
+            [user(BEFORE, "make it blue"), assistant("<think>\nB\n</think>\n", AFTER), user("make it red")],
+            [user("a picture of a blue star. ", "a picture of one. ", "what changed?"), assistant("A\n</think>\n")],
+            "two",
+        ),
+        # A comparison is checked by editing.
+        (
+            [user(BEFORE, AFTER, "what changed?")],
+            [user("a picture of a red star. ", "one"), assistant("A\n</think>\na blue star")],
+            "two",
+        ),
+        # Of three pictures, and of none, the likeliest is taken.
+        ([user(BEFORE, AFTER, BEFORE, "do the same")], None, "one"),
+        ([user("a star")], None, "one"),
+    ],
+)
+def test_what_changes_is_checked_the_other_way_round(mini, monkeypatch, asked, reverse, expected):
     model, _ = mini
-    told = [[user("a picture of a small red circle on the left. ", "make the circle blue")]] * 2
-    asked = []
+    scored = []
 
-    def answered(model, processor, conversations, *args, **kwargs):
-        asked.append(conversations)
-        return [" a small blue circle "] * len(conversations)
+    def guessed(model, processor, talks, guesses, **kwargs):
+        assert kwargs["enable_thinking"] and guesses == 3
+        # The third comes to no words.
+        said = ["A\n</think>\none", "B\n</think>\ntwo ", "C without an end"]
+        return said * len(talks), torch.tensor([-1.0, -3.5, -0.5] * len(talks))
 
-    monkeypatch.setattr(way, "answer", answered)
-    monkeypatch.setattr(way, "think", lambda model, processor, talks, *args: ["<think>\nred\n</think>\n"] * len(talks))
+    def log_probs(model, processor, conversations, *args, **kwargs):
+        assert kwargs["goes_on"] and kwargs["enable_thinking"]
+        scored.extend(conversations)
+        # The first is found unlikely beyond the least that counts: -1.0 - 3.0 against -3.5 - 0.3.
+        return torch.tensor([-50.0, -1.0] * (len(conversations) // 2))
+
+    monkeypatch.setattr(way, "guess", guessed)
+    monkeypatch.setattr(way, "answer_log_probs", log_probs)
     monkeypatch.setattr(model, "thinks_in_words", True)
-    assert think_and_answer(*mini, told) == [("<think>\nred\n</think>\n", "a small blue circle")] * 2
-    assert asked == [[[*talk, assistant("<think>\nred\n</think>\n")] for talk in told]]
-    monkeypatch.setattr(model, "thinks_in_words", False)
-    assert think_and_answer(*mini, told) == [("", "a small blue circle")] * 2
-    assert asked.pop() == told
+    told = look(*mini, [asked] * 2)
+    found = think_and_answer(*mini, told, guesses=3)
+    assert found == [(f"<think>\n{'A' if expected == 'one' else 'B'}\n</think>\n", expected)] * 2
+    assert len(scored) == (0 if reverse is None else 4)
+    if reverse is not None:
+        assert texts(scored[0]) == texts(reverse)
+
+
+def test_whoever_did_not_learn_to_think_answers_at_once(mini, monkeypatch):
+    monkeypatch.setattr(mini[0], "thinks_in_words", False)
+    monkeypatch.setattr(way, "answer", lambda model, processor, talks, *args, **kwargs: [" a star "] * len(talks))
+    assert think_and_answer(*mini, [[user("a star")]] * 2) == [("", "a star")] * 2
 
 
 def test_the_draft_that_goes_best_with_its_prompt_is_kept(mini, monkeypatch):
@@ -296,6 +337,6 @@ def test_no_draft_and_no_guess_are_refused(mini):
 
 
 def test_no_words_are_not_drawn(mini, monkeypatch):
-    monkeypatch.setattr(way, "answer", lambda *args, **kwargs: [""])
+    monkeypatch.setattr(way, "think_and_answer", lambda *args, **kwargs: [("<think>\n</think>\n", "")])
     with pytest.raises(ValueError, match="no words for conversation 0"):
         draw_in_words(*mini, [EDIT], [3], guesses=1)
