@@ -25,6 +25,7 @@ from .modeling.modeling_nextflow import NextFlowForConditionalGeneration
 from .processing.image_processing_base_nextflow import to_rgb
 from .processing.processing_nextflow import THINK_CLOSING, THINK_OPENING, NextFlowProcessor
 from .scenes import WHOLE_QUESTION
+from .scenes.captions import NOTHING
 from .scenes.tasks import COMPARE_QUESTION
 
 # Names of the adapters that are switched on for looking at pictures, and for thinking in words. As PEFT saves several,
@@ -286,25 +287,28 @@ def _checks(
     batch_size: int,
 ) -> torch.Tensor:
     """Log-probabilities in nats of the other way round, 0 where there is none: `(conversations,)`."""
-    reverse = {}
+    reverse, checks = {}, torch.zeros(len(split), device=model.device)
     for row, (talk, (thought, words)) in enumerate(zip(talks, split)):
         *_, shown = described = [[part[DESCRIPTION] for part in _parts(turn) if DESCRIPTION in part] for turn in talk]
         known = [own for turn in described for own in turn]
-        if not words or not known or len(shown) > 2:
+        if not words:
+            # Nothing said is no answer.
+            checks[row] = float("-inf")
+        elif not known or len(shown) > 2:
             continue
-        if len(shown) == 2:
+        elif len(shown) == 2 and words == NOTHING:
+            # No change leaves all as it was.
+            checks[row] = 0.0 if shown[0] == shown[1] else _CHECK_FLOOR
+        elif len(shown) == 2:
             reverse[row] = [user(SHOWN.format(shown[0]), words), assistant(thought + shown[1])]
         else:
             pictures = map(SHOWN.format, (known[-1], words))
             reverse[row] = [user(*pictures, COMPARE_QUESTION), assistant(thought)]
-    checks = torch.zeros(len(split), device=model.device)
     if reverse:
         scores = answer_log_probs(
             model, processor, list(reverse.values()), batch_size, goes_on=True, enable_thinking=True
         )
         checks[list(reverse)] = scores.float().clamp(min=_CHECK_FLOOR)
-    # Nothing said is no answer.
-    checks[[row for row, (_, words) in enumerate(split) if not words]] = float("-inf")
     return checks
 
 
