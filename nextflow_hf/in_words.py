@@ -5,7 +5,7 @@ may teach it to look and to think: each is on for its part and off while the mod
 answers at once stays as it is.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import PurePosixPath
@@ -58,30 +58,32 @@ def add_adapter(model: NextFlowForConditionalGeneration, adapter: str) -> None:
     Raises:
         ValueError: If the model has one already, or the adapter is that of a model of another shape or not whole.
     """
+    if {LOOK, THINK} & set(getattr(model, "peft_config", {})):
+        raise ValueError(f"An adapter for looking already exists in this model; load it anew for {adapter!r}.")
     path = ADAPTERS.get(adapter, adapter)
     thinks = cached_file(path, f"{THINK}/{ADAPTER_CONFIG_NAME}", _raise_exceptions_for_missing_entries=False)
     folders = {LOOK: ""} if thinks is None else {LOOK: "", THINK: THINK}
-    for name, folder in folders.items():
-        try:
+    try:
+        for name, folder in folders.items():
             # Of the second it would be reported that all weights of the first are missing.
             with _quiet():
                 loaded = model.load_adapter(path, adapter_name=name, adapter_kwargs={"subfolder": folder})
-        except RuntimeError as error:
-            _remove(model, folders)
-            raise ValueError(
-                f"The adapter {adapter!r} was trained for a model of another shape than this one."
-            ) from error
-        missing = sorted(key for key in loaded.missing_keys if f".{name}." in key)
-        if missing:
-            _remove(model, folders)
-            raise ValueError(f"The adapter {adapter!r} lacks {len(missing)} of its weights, such as {missing[0]!r}.")
+            missing = sorted(key for key in loaded.missing_keys if f".{name}." in key)
+            if missing:
+                raise ValueError(
+                    f"The adapter {adapter!r} lacks {len(missing)} of its weights, such as {missing[0]!r}."
+                )
+    except Exception as error:
+        added = [name for name in folders if name in getattr(model, "peft_config", {})]
+        if added:
+            model.delete_adapter(added)
+        if isinstance(error, RuntimeError):
+            message = f"The adapter {adapter!r} was trained for a model of another shape than this one."
+            raise ValueError(message) from error
+        raise
     model.disable_adapters()
     model.drafting = _settings_of(path)
     model.thinks_in_words = bool(getattr(_settings_of(path, folder), "enable_thinking", False))
-
-
-def _remove(model: NextFlowForConditionalGeneration, adapters: Iterable[str]) -> None:
-    model.delete_adapter([name for name in adapters if name in model.peft_config])
 
 
 @contextmanager
@@ -111,7 +113,7 @@ def looking(model: NextFlowForConditionalGeneration, adapter: str = LOOK) -> Ite
     known = model.config.abilities
     model.set_adapter(adapter)
     model.enable_adapters()
-    model.config.abilities = None if known is None else sorted({*known, "text", "caption", "interleaved"})
+    model.config.abilities = None if known is None else sorted({*known, "text", "caption"})
     try:
         yield
     finally:
@@ -258,7 +260,9 @@ def think_and_answer(
     counted 0.3 and no lower than -10: where nothing passes, nothing was to be checked.
     """
     with thinking(model):
-        if not getattr(model, "thinks_in_words", False):
+        # An answer that has begun goes on, with the thought that is there.
+        has_begun = any(talk and talk[-1]["role"] == "assistant" for talk in told)
+        if has_begun or not _thinks(model):
             said = answer(model, processor, told, batch_size, max_new_tokens=max_new_tokens)
             return [("", words.strip()) for words in said]
         found = []
@@ -271,6 +275,11 @@ def think_and_answer(
             best = (scores + _CHECK_WEIGHT * checks).view(-1, guesses).argmax(dim=1).tolist()
             found += [split[row * guesses + own] for row, own in enumerate(best)]
     return [(THINK_OPENING + thought, words) for thought, words in found]
+
+
+def _thinks(model: NextFlowForConditionalGeneration) -> bool:
+    """Whether thoughts come before answers in words: by its adapter, or of a whole checkpoint by its own settings."""
+    return getattr(model, "thinks_in_words", getattr(model.generation_config, "enable_thinking", False))
 
 
 def _split(said: str) -> tuple[str, str]:
@@ -321,6 +330,7 @@ def reply_in_words(
     resolution: int | None = None,
     drafts: int = DRAFTS,
     guesses: int = GUESSES,
+    max_new_tokens: int = 200,
     **sampling,
 ) -> list[dict]:
     """The assistant's turns that answer conversations with a picture each, by way of words: from the prompt that the
@@ -343,8 +353,8 @@ def reply_in_words(
     )
     if not all(prompts):
         raise ValueError(
-            f"The model comes to no words for conversation {prompts.index('')}, so there is nothing to draw in words; "
-            "has it learned to (`add_adapter`)?"
+            f"The model comes to no words for conversation {prompts.index('')} in {max_new_tokens} tokens, so there is "
+            "nothing to draw in words. Has it learned to (`add_adapter`)? If so, raise `max_new_tokens`."
         )
     if getattr(model, "drafting", None) is not None:
         sampling = {"generation_config": model.drafting, **sampling}

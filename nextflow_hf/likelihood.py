@@ -41,7 +41,8 @@ def answer_log_probs(
         tokenizer = processor.tokenizer
         end = [] if goes_on else [tokenizer.eos_token_id]
         answers = [
-            torch.tensor([*tokenizer(_words_of(own[-1]), add_special_tokens=False).input_ids, *end]) for own in chosen
+            torch.tensor([*tokenizer(_words_of(own[-1]), add_special_tokens=False).input_ids, *end], dtype=torch.long)
+            for own in chosen
         ]
         inputs = prepare(processor, [own[:-1] for own in chosen], resolution, **template).to(model.device)
         answers = pad_sequence(answers, batch_first=True, padding_value=-1).to(model.device)

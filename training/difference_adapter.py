@@ -15,6 +15,7 @@ from .stage_trainer import save_whole
 logger = logging.getLogger(__name__)
 
 
+@torch.no_grad()
 def make_adapter(recipe: Recipe) -> None:
     """Write the adapter that turns one decoder into another, as nearly as its rank allows.
 
@@ -26,10 +27,17 @@ def make_adapter(recipe: Recipe) -> None:
     `peft.LoraConfig`). The result is in `adapter`, with the generation settings of `trained`.
 
     Raises:
-        ValueError: If the two are of different shapes, or the adapter has no layer of them.
+        ValueError: If the two are of different shapes, or the adapter has no layer of them, others than linear ones, or
+            more than two factors for each.
     """
-    base = NextFlowForConditionalGeneration.from_pretrained(recipe.init_from["decoder"])
-    trained = NextFlowForConditionalGeneration.from_pretrained(recipe.init_from["trained"], dtype=base.dtype)
+    beyond = {"use_dora", "modules_to_save", "trainable_token_indices", "bias"} & set(recipe.stage_args["lora"])
+    if beyond:
+        raise ValueError(f"A change of weights is cut to two factors a layer; leave {sorted(beyond)} of `lora` out.")
+    # A half precision would round small changes away before they are looked at.
+    base, trained = (
+        NextFlowForConditionalGeneration.from_pretrained(recipe.init_from[role], dtype=torch.float32)
+        for role in ("decoder", "trained")
+    )
     weights = trained.state_dict()
     shapes = [{name: own.shape for name, own in part.items()} for part in (base.state_dict(), weights)]
     if shapes[0] != shapes[1]:
@@ -45,7 +53,9 @@ def make_adapter(recipe: Recipe) -> None:
     changed, left = 0.0, 0.0
     for name, layer in adapted.base_model.model.named_modules():
         if isinstance(layer, LoraLayer):
-            change = (weights[f"{name}.weight"] - layer.base_layer.weight).float()
+            if not isinstance(layer.base_layer, torch.nn.Linear):
+                raise ValueError(f"`lora.target_modules` has {name!r}, which is no linear layer; leave it out.")
+            change = weights[f"{name}.weight"] - layer.base_layer.weight
             left += float((change - _put(change, layer)).square().sum())
             changed += float(change.square().sum())
             lost.discard(f"{name}.weight")
@@ -57,7 +67,6 @@ def make_adapter(recipe: Recipe) -> None:
     save_whole(Path(recipe.output_dir) / "adapter", partial(_save, adapted, trained))
 
 
-@torch.no_grad()
 def _put(change: torch.Tensor, layer: LoraLayer) -> torch.Tensor:
     """Let a layer's adapter be the nearest to a change of its weight `(out, in)`, and return what that is."""
     (name,) = layer.lora_A
@@ -67,7 +76,7 @@ def _put(change: torch.Tensor, layer: LoraLayer) -> torch.Tensor:
     # A small layer has fewer ranks than the adapter.
     layer.lora_A[name].weight.zero_()[: len(root)] = root[:, None] * right[:rank]
     layer.lora_B[name].weight.zero_()[:, : len(root)] = left[:, :rank] * root / layer.scaling[name]
-    return layer.get_delta_weight(name).float()
+    return layer.get_delta_weight(name)
 
 
 def _save(adapted: PeftModel, trained: NextFlowForConditionalGeneration, folder: Path) -> None:

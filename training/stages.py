@@ -172,15 +172,22 @@ def _found(role: str, start: str) -> str:
     """Where a stage starts from: the folder of what is bundled, or one in it, a folder that is there, or a Hub id."""
     bundled = {"refiner": REFINERS, "adapter": ADAPTERS}.get(role, BUNDLED)
     name, _, part = start.partition("/")
-    inside = Path(bundled.get(name, start)) / part
-    path = inside if name in bundled and inside.is_dir() else Path(start).expanduser()
+    path = Path(start).expanduser()
+    if name in bundled and (not part or not path.exists()):
+        path = Path(bundled[name]) / part
+        if not path.is_dir():
+            raise ValueError(f"`init_from.{role}` is {start!r}, but what is bundled as {name!r} has no {part!r}.")
     # A Hub id has at most one slash.
     if path.exists() or (len(path.parts) <= 2 and not path.is_absolute()):
         return str(path)
-    makers = [
-        own.stem
-        for own in sorted(RECIPES.glob("*.yaml"))
-        if Path(load_recipe(own.stem).output_dir) in (path, path.parent)
-    ]
+    makers = [own.stem for own in sorted(RECIPES.glob("*.yaml")) if path in _results_of(load_recipe(own.stem))]
     hint = f" (`nextflow-hf train {makers[0]}` makes it)" if makers else ""
     raise ValueError(f"`init_from.{role}` is {start!r}, which is not there{hint}; name another as init_from.{role}=...")
+
+
+def _results_of(recipe: Recipe) -> set[Path]:
+    """Where the results of a recipe lie."""
+    folder = Path(recipe.output_dir)
+    if recipe.stage == "adapter":
+        return {folder / "adapter"}
+    return {folder, folder / "final"} | ({folder / "adapter"} if "lora" in recipe.stage_args else set())

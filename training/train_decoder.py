@@ -155,8 +155,9 @@ def train_decoder(recipe: Recipe) -> None:
 
     Raises:
         ValueError: If the recipe names neither `data` nor `source`, an unknown unit, dtype or setting of sampling, a
-            part that the model does not have, or parts beside `lora` or an adapter, or if it would shard a decoder
-            that is not saved, or draw samples of no prompts or with one that is sharded.
+            part that the model does not have, parts beside `lora`, or `head_rows` beside an adapter that is trained
+            itself, or if it would shard a decoder that is not saved, or draw samples of no prompts or with one that is
+            sharded.
     """
     stage = recipe.stage_args
     unknown = set(stage.get("abilities") or ()) - set(ABILITIES)
@@ -172,9 +173,9 @@ def train_decoder(recipe: Recipe) -> None:
     if unknown:
         raise ValueError(f"`sampling` has the settings {sorted(_SAMPLING)}, not {sorted(unknown)}.")
     merges = "adapter" in recipe.init_from and "trained" in stage
-    if "adapter" in recipe.init_from and "head_rows" in stage:
+    if "adapter" in recipe.init_from and not merges and "head_rows" in stage:
         raise ValueError(
-            "With `init_from.adapter` the head stays as it is; leave `head_rows` of `stage_args` out, or `adapter`."
+            "With `init_from.adapter` its own weights are trained; leave `head_rows` of `stage_args` out, or `adapter`."
         )
     if stage.get("dtype", "auto") not in _DTYPES:
         raise ValueError(f"`dtype` must be one of {_DTYPES}, got {stage['dtype']!r}.")
@@ -370,6 +371,11 @@ def _freeze_all_but(model: NextFlowForConditionalGeneration, stage: dict) -> Non
     if parts is not None and "lora" in stage:
         raise ValueError("A stage trains `trained` parts or `lora`, not both; `lora` has its own `modules_to_save`.")
     names = [name for name, _ in model.named_parameters()]
+    for part in parts or ():
+        try:
+            re.compile(part)
+        except re.error as error:
+            raise ValueError(f"`trained` has {part!r}, which is no regular expression: {error}.") from error
     unknown = [part for part in parts or () if not any(re.match(part, name) for name in names)]
     if unknown:
         raise ValueError(f"No parameter's name begins with {unknown}; names begin like {sorted({*map(_part, names)})}.")

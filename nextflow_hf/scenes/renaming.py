@@ -9,6 +9,7 @@ import re
 
 import numpy as np
 
+from ..conversations import DESCRIPTION
 from .captions import PLURALS
 from .world import COLORS, SHAPES
 
@@ -31,9 +32,12 @@ def rename(messages: list[dict], rng: np.random.Generator) -> list[dict]:
     # None of the other names begins with a vowel.
     known = re.compile(rf"\b(?:(an?) )?({'|'.join(names)})\b")
 
-    def renamed(text: str) -> str:
-        return known.sub(lambda found: ("a " if found[1] else "") + names[found[2]], text)
+    def renamed(own):
+        if isinstance(own, str):
+            return known.sub(lambda found: ("a " if found[1] else "") + names[found[2]], own)
+        return [renamed(wording) for wording in own]
 
-    return [
-        {**turn, "content": [{**part, "text": renamed(part["text"])} for part in turn["content"]]} for turn in messages
-    ]
+    def part(own: dict) -> dict:
+        return {**own, **{name: renamed(own[name]) for name in ("text", DESCRIPTION) if name in own}}
+
+    return [{**turn, "content": list(map(part, turn["content"]))} for turn in messages]

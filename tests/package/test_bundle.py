@@ -2,12 +2,14 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_models import small_model
 
+from nextflow_hf import bundle as bundling
 from nextflow_hf.bundle import _halves, bundle_adapter, bundle_refiner, check_better, main, scores_of
 from nextflow_hf.modeling.modeling_nextflow import NextFlowForConditionalGeneration
 
@@ -96,6 +98,45 @@ def test_what_the_box_has_no_place_for_is_refused(tmp_path, monkeypatch, capsys)
         with pytest.raises(SystemExit):
             main()
         assert "not allowed with argument --vq" in capsys.readouterr().err
+
+
+def test_an_adapter_that_looks_is_bundled_with_one_that_thinks(tmp_path, monkeypatch):
+    box = tmp_path / "box"
+    monkeypatch.setitem(bundling.ADAPTERS, "mini", str(box))
+    seen = []
+
+    def evaluated(name, adapter, **settings):
+        seen.append(sorted(str(own.relative_to(adapter)) for own in Path(adapter).rglob("*.safetensors")))
+        return {
+            "abilities": {"64x64": {"questions, in words": {"score": 0.5, "low": 0.4, "high": 0.6}}},
+            "settings": {"guesses": 6, "drafts": 8, **settings},
+        }
+
+    monkeypatch.setattr(bundling, "evaluate_in_words", evaluated)
+    for name, rank, value in (("looks", 1, 0.25), ("thinks", 2, 0.1)):
+        (tmp_path / name / "adapter").mkdir(parents=True)
+        save_file({"lora_A": torch.tensor([value])}, tmp_path / name / "adapter" / "adapter_model.safetensors")
+        (tmp_path / name / "adapter" / "adapter_config.json").write_text(json.dumps({"r": rank}))
+        (tmp_path / name / "adapter" / "generation_config.json").write_text(json.dumps({"enable_thinking": rank == 2}))
+        (tmp_path / name / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": rank}]}))
+    arguments = ["bundle", str(tmp_path), "mini", "looks", "--thinks", "thinks"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--adapter", "--threads", str(torch.get_num_threads())])
+    main()
+    assert seen == [["adapter_model.safetensors", "think/adapter_model.safetensors"]]
+    for folder, rank, value in ((box, 1, 0.25), (box / "think", 2, 0.1)):
+        half = load_file(folder / "adapter_model.safetensors")["lora_A"]
+        assert half.dtype == torch.float16 and half.item() == pytest.approx(value, rel=1e-3)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config == {"r": rank, "base_model_name_or_path": "nextflow-mini"}
+        assert json.loads((folder / "generation_config.json").read_text())["enable_thinking"] == (rank == 2)
+    assert json.loads((box / "training_log.json").read_text()) == {"looks": [{"step": 1}], "thinks": [{"step": 2}]}
+    assert "Two adapters (LoRA of rank 1, and, in `think`, of rank 2)" in (box / "README.md").read_text()
+    # No better than what is there by now.
+    with pytest.raises(ValueError, match="nothing changed"):
+        main()
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):
+        main()
 
 
 def test_an_adapter_beyond_half_precision_is_refused(tmp_path):

@@ -165,6 +165,9 @@ BEFORE, AFTER = ({"type": "image", "description": f"a {own} star"} for own in ("
             [user("a picture of a red star. ", "one"), assistant("A\n</think>\na blue star")],
             "two",
         ),
+        # "Nothing" is right of what is told alike, and of nothing else.
+        ([user(BEFORE, BEFORE, "one?")], "nothing", "one"),
+        ([user(BEFORE, AFTER, "two?")], "nothing", "two"),
         # Of three pictures, and of none, the likeliest is taken.
         ([user(BEFORE, AFTER, BEFORE, "do the same")], None, "one"),
         ([user("a star")], None, "one"),
@@ -178,19 +181,25 @@ def test_what_changes_is_checked_the_other_way_round(mini, monkeypatch, asked, r
         assert kwargs["enable_thinking"] and guesses == 3
         # The third comes to no words.
         said = ["A\n</think>\none", "B\n</think>\ntwo ", "C without an end"]
+        if reverse == "nothing":
+            said = ["A\n</think>\nnothing", "B\n</think>\ntwo", "C"]
         return said * len(talks), torch.tensor([-1.0, -3.5, -0.5] * len(talks))
 
     def log_probs(model, processor, conversations, *args, **kwargs):
         assert kwargs["goes_on"] and kwargs["enable_thinking"]
         scored.extend(conversations)
         # The first is found unlikely beyond the least that counts: -1.0 - 3.0 against -3.5 - 0.3.
-        return torch.tensor([-50.0, -1.0] * (len(conversations) // 2))
+        return torch.tensor([-50.0, -1.0] * (len(conversations) // 2) if reverse != "nothing" else [-1.0, -1.0])
 
     monkeypatch.setattr(way, "guess", guessed)
     monkeypatch.setattr(way, "answer_log_probs", log_probs)
     monkeypatch.setattr(model, "thinks_in_words", True)
     told = look(*mini, [asked] * 2)
     found = think_and_answer(*mini, told, guesses=3)
+    if reverse == "nothing":
+        # -1.0 against -3.5 - 0.3 where they are alike, else -1.0 - 3.0.
+        assert {words for _, words in found} == {"nothing" if expected == "one" else "two"} and len(scored) == 2
+        return
     assert found == [(f"<think>\n{'A' if expected == 'one' else 'B'}\n</think>\n", expected)] * 2
     assert len(scored) == (0 if reverse is None else 4)
     if reverse is not None:
@@ -201,6 +210,30 @@ def test_whoever_did_not_learn_to_think_answers_at_once(mini, monkeypatch):
     monkeypatch.setattr(mini[0], "thinks_in_words", False)
     monkeypatch.setattr(way, "answer", lambda model, processor, talks, *args, **kwargs: [" a star "] * len(talks))
     assert think_and_answer(*mini, [[user("a star")]] * 2) == [("", "a star")] * 2
+
+
+def test_an_answer_that_has_begun_goes_on(mini, monkeypatch):
+    monkeypatch.setattr(mini[0], "thinks_in_words", True)
+    begun = [user(PICTURE, "where is the star?"), assistant("<think>\na large blue star at the top right\n</think>\n")]
+    (said,) = answer_in_words(*mini, [begun])
+    with thinking(mini[0]):
+        assert said == answer(*mini, look(*mini, [begun]))[0].strip()
+
+
+def test_a_whole_checkpoint_says_itself_whether_it_thinks(monkeypatch):
+    model, processor = load("mini")
+    begun = []
+
+    def guessed(model, processor, talks, guesses, **kwargs):
+        begun.append(kwargs["enable_thinking"])
+        return ["A\n</think>\na star"] * guesses * len(talks), torch.zeros(guesses * len(talks))
+
+    monkeypatch.setattr(way, "guess", guessed)
+    monkeypatch.setattr(way, "answer", lambda *args, **kwargs: ["a circle"])
+    assert think_and_answer(model, processor, [[user("a star")]]) == [("", "a circle")]
+    model.generation_config.enable_thinking = True
+    assert think_and_answer(model, processor, [[user("a star")]]) == [("<think>\nA\n</think>\n", "a star")]
+    assert begun == [True]
 
 
 def test_the_draft_that_goes_best_with_its_prompt_is_kept(mini, monkeypatch):
@@ -319,6 +352,11 @@ def test_an_adapter_that_is_not_whole_is_refused_and_leaves_nothing(tmp_path, fo
     save_file(weights, tmp_path / folder / "adapter_model.safetensors")
     model, _ = load("mini")
     with pytest.raises(ValueError, match=r"lacks 1 of its weights, such as 'model.connector.linear_1.lora_B"):
+        add_adapter(model, str(tmp_path))
+    assert not getattr(model, "peft_config", None)
+    (tmp_path / "think" / "adapter_model.safetensors").unlink()
+    shutil.copy(Path(ADAPTERS["mini"]) / "adapter_model.safetensors", tmp_path)
+    with pytest.raises(OSError, match="adapter_model"):
         add_adapter(model, str(tmp_path))
     assert not getattr(model, "peft_config", None)
     add_adapter(model, "mini")

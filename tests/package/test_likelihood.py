@@ -33,6 +33,17 @@ def test_words_are_as_likely_as_when_they_were_said(mini):
     ended = [[*talk, assistant(text)] for talk, text in zip(ASKED, texts)]
     found = answer_log_probs(model, processor, ended)
     torch.testing.assert_close(found, torch.stack([own.sum() for own in wanted]), atol=1e-3, rtol=0)
+    # Of words that more may follow, all but their end; and of none, nothing.
+    ends = torch.stack([own[-1] for own in wanted])
+    torch.testing.assert_close(answer_log_probs(model, processor, ended, goes_on=True), found - ends, atol=1e-3, rtol=0)
+    none = [[*talk, assistant("")] for talk in ASKED]
+    assert answer_log_probs(model, processor, none, goes_on=True).tolist() == [0.0, 0.0]
+    # What a template adds stands before the words.
+    thinks = [[*talk, assistant("<think>\n" + text)] for talk, text in zip(ASKED, texts)]
+    opening = [[*talk, assistant("<think>\n")] for talk in ASKED]
+    rest = answer_log_probs(model, processor, thinks) - answer_log_probs(model, processor, opening, goes_on=True)
+    after = answer_log_probs(model, processor, ended, enable_thinking=True)
+    torch.testing.assert_close(after, rest, atol=1e-3, rtol=0)
     worse = [[*talk, assistant("seven")] for talk in ASKED]
     assert (answer_log_probs(model, processor, worse, batch_size=1) < found).all()
 

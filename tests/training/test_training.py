@@ -599,6 +599,21 @@ def test_a_missing_start_names_the_recipe_that_makes_it(tmp_path, monkeypatch):
         run_recipe(load_recipe("mini-vq-pixel"))
 
 
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        # Two recipes write into this folder.
+        ([], r"runs/mini/think/final', which is not there \(`nextflow-hf train mini-think` makes it\)"),
+        (["init_from.trained=runs/mini/think/adapter"], r"\(`nextflow-hf train mini-think-adapter` makes it\)"),
+        (["init_from.trained=mini/nothing"], "bundled as 'mini' has no 'nothing'"),
+    ],
+)
+def test_what_is_not_there_is_made_by_the_recipe_that_is_named(tmp_path, monkeypatch, start, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        run_recipe(load_recipe("mini-think-adapter", ["init_from.decoder=mini", *start]))
+
+
 def test_a_bundled_checkpoint_is_a_start_by_its_name(monkeypatch):
     ran = []
     monkeypatch.setitem(STAGES, "grpo", ran.append)
@@ -1026,6 +1041,7 @@ def test_alignment_moves_the_connector_and_the_head_alone(train_on_codes):
     [
         ({"trained": ["model.conector"]}, "begins with \\['model.conector'\\]"),
         ({"trained": ["lm_head"], "lora": {}}, "not both"),
+        ({"trained": ["*proj"]}, r"'\*proj', which is no regular expression"),
         ({"fsdp_size": 2}, "saved one"),
     ],
 )
@@ -1122,6 +1138,10 @@ def test_what_an_adapter_cannot_hold_is_told_or_refused(train_on_codes, tmp_path
     assert "no layers of the adapter" in caplog.text and "norm" in caplog.text
     with pytest.raises(ValueError, match=r"needs \['stage_args.lora.target_modules'\]"):
         cut()
+    with pytest.raises(ValueError, match="embed_tokens', which is no linear layer"):
+        cut(target_modules=["embed_tokens"])
+    with pytest.raises(ValueError, match=r"leave \['use_dora'\] of `lora` out"):
+        cut(target_modules=["q_proj"], use_dora=True)
     shutil.copytree(nextflow_hf.MINI, tmp_path / "other" / "final", dirs_exist_ok=True)
     with pytest.raises(ValueError, match="different shapes"):
         cut(target_modules=["q_proj"])
