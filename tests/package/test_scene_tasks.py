@@ -462,7 +462,7 @@ def test_a_thought_before_a_subject_names_it():
 def test_thoughts_about_two_pictures_tell_what_becomes_of_which():
     for record in TaskRecords("compare", num_records=40, seed=4, thinks=1.0):
         thought, words = thought_of(record["messages"][-1])
-        verbs = [verb for verb in ("became", "moved", "is gone", "came", "nothing") if verb in words]
+        verbs = [verb for verb in ("became", "moved", "is gone", "came", "nothing") if re.search(rf"\b{verb}\b", words)]
         assert len(verbs) == 1 and verbs[0].replace("moved", "became") in thought
         before, after = (Referee().look(own) for own in record["images"])
         if thought.endswith(" came"):
