@@ -348,9 +348,8 @@ def reply_in_words(
     if drafts < 1:
         raise ValueError(f"At least one draft is drawn of each picture, got drafts={drafts}.")
     told = look(model, processor, conversations, batch_size, resolution, guesses=guesses)
-    thoughts, prompts = (
-        zip(*think_and_answer(model, processor, told, batch_size, guesses=guesses)) if told else ((), ())
-    )
+    said = think_and_answer(model, processor, told, batch_size, max_new_tokens, guesses)
+    thoughts, prompts = [thought for thought, _ in said], [words for _, words in said]
     if not all(prompts):
         raise ValueError(
             f"The model comes to no words for conversation {prompts.index('')} in {max_new_tokens} tokens, so there is "

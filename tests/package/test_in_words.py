@@ -376,6 +376,13 @@ def test_no_draft_and_no_guess_are_refused(mini):
 
 
 def test_no_words_are_not_drawn(mini, monkeypatch):
-    monkeypatch.setattr(way, "think_and_answer", lambda *args, **kwargs: [("<think>\n</think>\n", "")])
-    with pytest.raises(ValueError, match="no words for conversation 0"):
-        draw_in_words(*mini, [EDIT], [3], guesses=1)
+    given = []
+
+    def nothing(model, processor, told, batch_size, max_new_tokens, guesses):
+        given.append((max_new_tokens, guesses))
+        return [("<think>\n</think>\n", "")]
+
+    monkeypatch.setattr(way, "think_and_answer", nothing)
+    with pytest.raises(ValueError, match="no words for conversation 0 in 7 tokens"):
+        draw_in_words(*mini, [EDIT], [3], guesses=1, max_new_tokens=7)
+    assert given == [(7, 1)]
