@@ -415,8 +415,11 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
             if saved.get("model_type") == "nextflow":
                 config = NextFlowVQConfig.from_dict(saved["vq_config"]) if config is None else config
                 kwargs = {"key_mapping": {r"^model\.vq_model\.": ""}, **kwargs}
-            else:
-                check_model_type(cls, pretrained_model_name_or_path, kwargs)
+                loaded = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+                # Saved anew it is a tokenizer alone; transformers would give its weights their names in the whole back.
+                vars(loaded[0] if isinstance(loaded, tuple) else loaded).pop("_weight_conversions", None)
+                return loaded
+            check_model_type(cls, pretrained_model_name_or_path, kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
     def __init__(self, config: NextFlowVQConfig):

@@ -275,6 +275,11 @@ def test_a_whole_nextflow_holds_its_tokenizer(tmp_path, pixels, max_shard_size):
     assert type(loaded.config) is type(model.vq_model.config)
     assert loaded.fingerprint() == model.vq_model.fingerprint()
     assert torch.equal(loaded.eval().encode(pixels).codes, model.vq_model.eval().encode(pixels).codes)
+    # Saved anew it is a tokenizer alone, under its own names.
+    loaded.save_pretrained(tmp_path / "vq")
+    again, report = NextFlowVQModel.from_pretrained(tmp_path / "vq", output_loading_info=True)
+    assert not any(report.values())
+    assert again.fingerprint() == loaded.fingerprint()
 
 
 def test_a_tokenizer_is_no_nextflow_and_a_language_model_no_tokenizer(tmp_path):
