@@ -282,7 +282,7 @@ def new_decoder(variant: Variant, vq_model: NextFlowVQModel) -> NextFlowForCondi
     return model
 
 
-def two_head_cross_entropy(head, hidden_states, labels, first_code: int):
+def two_head_cross_entropy(head, hidden_states, labels, weights, sizes, first_code: int):
     """As `chunked_cross_entropy`, but text tokens compete with text tokens alone, and codes with codes."""
     losses = hidden_states.new_zeros(len(labels))
     for own, rows, first in (
@@ -290,7 +290,7 @@ def two_head_cross_entropy(head, hidden_states, labels, first_code: int):
         (labels >= first_code, head.weight[first_code:], first_code),
     ):
         losses[own] = F.cross_entropy(hidden_states[own] @ rows.T, labels[own] - first, reduction="none")
-    return losses
+    return tuple(own.sum() for own in (losses * weights).split(sizes)), losses.detach()
 
 
 def heads_of(variant: Variant, model: NextFlowForConditionalGeneration):

@@ -4,15 +4,20 @@ A sequence of text and images is a row of *runs*: stretches of text, in which at
 of one scale), in which it goes both ways. A run attends to itself and to all that stands before it in its document, so
 each is one dense call of scaled dot-product attention. Nothing is computed between documents that share a row, the
 length of a row costs nothing by itself, and blocks need no mask, so that the fastest kernels take them.
+
+Where FlashAttention for sequences of varying length is at hand, two calls do it for a whole batch: one for all blocks,
+one for all stretches of text, each run beside a copy of the keys it sees. A call a run would leave most of an
+accelerator idle, as most scales have a few slots.
 """
 
 from collections.abc import Callable
 from functools import partial
-from itertools import groupby
+from itertools import accumulate, groupby
 from operator import attrgetter
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -38,7 +43,10 @@ def find_runs(block_ids: torch.LongTensor, document_ids: torch.LongTensor) -> li
     """
     rows = []
     for blocks, documents in zip(block_ids.cpu(), document_ids.cpu()):
-        pairs, lengths = torch.unique_consecutive(torch.stack([documents, blocks]), dim=1, return_counts=True)
+        pairs = torch.stack([documents, blocks])
+        # Not `unique_consecutive`, which takes milliseconds, in which an accelerator has nothing to do.
+        starts = F.pad((pairs.diff() != 0).any(dim=0), (1, 0), value=True).nonzero()[:, 0]
+        pairs, lengths = pairs[:, starts], F.pad(starts, (0, 1), value=pairs.shape[1]).diff()
         runs, start, document_start, last_document = [], 0, 0, None
         for (document, block), length in zip(pairs.T.tolist(), lengths.tolist()):
             if document != last_document:
@@ -50,6 +58,68 @@ def find_runs(block_ids: torch.LongTensor, document_ids: torch.LongTensor) -> li
     return rows
 
 
+class Call(NamedTuple):
+    """What one kernel needs for all runs of a kind; ends are int32 `(runs + 1,)` and start with 0.
+
+    Attributes:
+        keys: Positions, in the batch's rows one behind the other, of all that each run sees: `(keys,)`.
+        query_ends: Where each run ends in the queries.
+        key_ends: Where each run's keys end.
+        longest_run: Positions of the longest run.
+        longest_past: Keys of the run that sees most.
+    """
+
+    keys: torch.LongTensor
+    query_ends: torch.IntTensor
+    key_ends: torch.IntTensor
+    longest_run: int
+    longest_past: int
+
+
+class BatchRuns:
+    """Runs of a batch, and what kernels need of them, made once for all layers.
+
+    Args:
+        rows: Runs of each row.
+        length: Positions of a row.
+
+    Attributes:
+        sizes: Lengths of the pieces that the rows, one behind the other, fall into: runs, and padding between them.
+        kinds: Of each piece whether it is causal; `None` for padding.
+    """
+
+    def __init__(self, rows: list[list[Run]], length: int):
+        self.rows = rows
+        self.sizes, self.kinds, filled = [], [], 0
+        self._runs: dict[bool, list[Run]] = {True: [], False: []}
+        self._calls: dict[torch.device, dict[bool, Call]] = {}
+        for row, runs in enumerate(rows):
+            first = row * length
+            for run in runs:
+                self.sizes += [first + run.start - filled, run.end - run.start]
+                self.kinds += [None, run.causal]
+                filled = first + run.end
+                self._runs[run.causal].append(Run(first + run.start, filled, first + run.document_start, run.causal))
+        self.sizes.append(len(rows) * length - filled)
+        self.kinds.append(None)
+
+    def calls(self, device: torch.device) -> dict[bool, Call]:
+        """The call for causal runs and that for blocks, where there are any."""
+        if device not in self._calls:
+            self._calls[device] = {causal: _call_of(own, device) for causal, own in self._runs.items() if own}
+        return self._calls[device]
+
+
+def _call_of(runs: list[Run], device: torch.device) -> Call:
+    lengths = [run.end - run.start for run in runs]
+    pasts = [run.end - run.document_start for run in runs]
+    keys = torch.cat([torch.arange(run.document_start, run.end) for run in runs])
+    ends = (torch.tensor([0, *accumulate(own)], dtype=torch.int32).to(device) for own in (lengths, pasts))
+    return Call(keys.to(device), *ends, max(lengths), max(pasts))
+
+
+# Its loops over runs are not for a compiler; what stands around it in a layer is.
+@torch.compiler.disable
 def block_varlen_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -58,7 +128,7 @@ def block_varlen_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    runs: list[list[Run]] | None = None,
+    runs: BatchRuns | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attention of `(batch, heads, length, head_dim)` run by run; without `runs`, transformers' SDPA."""
@@ -69,10 +139,70 @@ def block_varlen_attention(
     kwargs.pop("is_causal", None)
     # A static cache is longer than what it holds.
     key, value = (own if own.shape[2] == query.shape[2] else own[:, :, : query.shape[2]] for own in (key, value))
+    if _takes_many_runs(query):
+        return _attend_at_once(query, key, value, runs, dropout, scaling), None
     attend = partial(sdpa_attention_forward, module, scaling=scaling, dropout=dropout, **kwargs)
     # Split everywhere, not sliced: the gradient of a slice is filled up to all that it was cut from, once a run.
-    rows = zip(query.split(1), key.split(1), value.split(1), runs)
+    rows = zip(query.split(1), key.split(1), value.split(1), runs.rows)
     return torch.cat([_attend_row(attend, *row) for row in rows]), None
+
+
+def _takes_many_runs(query: torch.Tensor) -> bool:
+    """Whether FlashAttention's kernels take these heads; `torch.nn.attention.sdpa_kernel` can rule them out."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
+        and torch.backends.cuda.flash_sdp_enabled()
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _attend_at_once(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, runs: BatchRuns, dropout: float, scaling: float | None
+) -> torch.Tensor:
+    """All rows, with zeros for padding: `(batch, length, heads, head_dim)`."""
+    batch, _, length, _ = query.shape
+    query, key, value = (own.transpose(1, 2).flatten(0, 1) for own in (query, key, value))
+    # Split and put together by pieces, not picked by index: the gradient of that would be added up row by row.
+    pieces = query.split(runs.sizes)
+    outputs = [piece.new_zeros(piece.shape) if kind is None else None for piece, kind in zip(pieces, runs.kinds)]
+    for causal, call in runs.calls(query.device).items():
+        places = [place for place, kind in enumerate(runs.kinds) if kind is causal]
+        seen = (own.index_select(0, call.keys) for own in (key, value))
+        output = _flash_attention(torch.cat([pieces[place] for place in places]), *seen, call, causal, dropout, scaling)
+        for place, own in zip(places, output.split([runs.sizes[place] for place in places])):
+            outputs[place] = own
+    return torch.cat(outputs).unflatten(0, (batch, length))
+
+
+def _flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    call: Call,
+    causal: bool,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Each run with its keys, `(positions, heads, head_dim)`; a causal run's last query sees all of them."""
+    # Not `torch.nn.attention.varlen`, whose signature changes from release to release.
+    return torch.ops.aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        call.query_ends,
+        call.key_ends,
+        call.longest_run,
+        call.longest_past,
+        dropout,
+        causal,
+        False,
+        scale=scaling,
+    )[0]
 
 
 def _attend_row(

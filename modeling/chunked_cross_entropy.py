@@ -1,12 +1,14 @@
 """Cross-entropy of a linear head over a large vocabulary, without ever holding all rows' logits.
 
 At 184,832 entries and 10,084 slots, one image's logits alone are 7.5 GB in float32. Here a chunk of rows is scored at a
-time, in the forward pass for the losses and once more in the backward pass for the gradients, which go straight into
-one buffer for the head's weight. Under autocast the products are taken in its type, and a weight of another type is
-cast block by block, never whole.
+time, and its gradients are taken at once, in the forward pass: a backward pass would have to score it again, a quarter
+of the head's products. They go straight into one buffer for the head's weight. Under autocast the products are taken in
+its type, and a weight of another type is cast block by block, never whole. Where a plain head is compiled
+(`head.compile()`), what is done to its logits is one kernel, too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -14,40 +16,61 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-# Logits held at a time: 256 MiB in float32.
+# Logits held in float32 at a time: 256 MiB.
 CHUNK_ELEMENTS = 2**26
+# Logits held at a time on an accelerator, 1 GiB in bfloat16: its products of fewer rows wait for the head's weight.
+ACCELERATOR_CHUNK_ELEMENTS = 2**29
 # Rows of the weight that are cast at a time.
 CAST_ROWS = 2**14
 
 
-def chunked_cross_entropy(head: nn.Module, hidden_states: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
-    """Cross-entropy of each row.
+@torch.compiler.disable
+def chunked_cross_entropy(
+    head: nn.Module,
+    hidden_states: torch.Tensor,
+    labels: torch.LongTensor,
+    weights: torch.Tensor,
+    sizes: Sequence[int] | None = None,
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Weighted sums of the rows' cross-entropies.
 
     Args:
         head: The head, `(rows, hidden_size)` -> `(rows, vocab_size)`. A plain linear layer takes the lean path; one
             that is wrapped, sharded or offloaded is called as a module, chunk by chunk.
         hidden_states: `(rows, hidden_size)`.
         labels: `(rows,)`, each an entry of the vocabulary.
+        weights: `(rows,)`, of the losses in the sums; they get no gradient.
+        sizes: Rows of each group that is summed by itself; by default all are one.
 
     Returns:
-        float32 `(rows,)` (float64 for float64 inputs).
+        The groups' sums, and the single rows' losses `(rows,)`, which have no gradient; all in float32 (float64 for
+        float64 inputs).
     """
+    sizes = [len(labels)] if sizes is None else list(sizes)
     if is_plain(head, hidden_states):
         kind = hidden_states.device.type
         if torch.is_autocast_enabled(kind):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(kind))
         if hidden_states.dtype in (head.weight.dtype, torch.bfloat16, torch.float16):
+            groups = zip(hidden_states.split(sizes), labels.split(sizes), weights.split(sizes))
             with torch.autocast(kind, enabled=False):
-                return _LinearCrossEntropy.apply(hidden_states, head.weight, labels)
+                settings = head._compiled_call_impl is not None, torch.is_grad_enabled()
+                results = [
+                    _LinearCrossEntropy.apply(rows, head.weight, targets, own, *settings)
+                    for rows, targets, own in groups
+                ]
+            return tuple(total for total, _ in results), torch.cat([losses for _, losses in results])
 
     def of_chunk(rows, targets):
-        return _losses(head(rows), targets)
+        return F.cross_entropy(_widen(head(rows)), targets, reduction="none")
 
     rows_at_once = max(1, CHUNK_ELEMENTS // head.out_features) if hasattr(head, "out_features") else 256
     if len(labels) <= rows_at_once:
-        return of_chunk(hidden_states, labels)
-    chunks = zip(hidden_states.split(rows_at_once), labels.split(rows_at_once))
-    return torch.cat([checkpoint(of_chunk, rows, targets, use_reentrant=False) for rows, targets in chunks])
+        losses = of_chunk(hidden_states, labels)
+    else:
+        chunks = zip(hidden_states.split(rows_at_once), labels.split(rows_at_once))
+        losses = torch.cat([checkpoint(of_chunk, rows, targets, use_reentrant=False) for rows, targets in chunks])
+    return tuple(own.sum() for own in (losses * weights).split(sizes)), losses.detach()
 
 
 def chunked_log_probs(
@@ -95,12 +118,12 @@ def is_plain(head: nn.Module, hidden_states: torch.Tensor) -> bool:
     )
 
 
-def _losses(logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
-    return F.cross_entropy(_widen(logits), labels, reduction="none")
+def _rows_at_once(vocab_size: int, device: torch.device) -> int:
+    return max(1, (CHUNK_ELEMENTS if device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS) // vocab_size)
 
 
-def _widen(logits: torch.Tensor) -> torch.Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+def _widen(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _blocks(weight: torch.Tensor, dtype: torch.dtype):
@@ -110,49 +133,77 @@ def _blocks(weight: torch.Tensor, dtype: torch.dtype):
 
 
 def _logits(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    parts = [_widen(rows @ block.T) for _, block in _blocks(weight, rows.dtype)]
+    parts = [rows @ block.T for _, block in _blocks(weight, rows.dtype)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _to_probabilities(logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+    """Losses `(rows,)` of labels `(rows, 1)`; in the place of the logits there are probabilities then."""
+    log_probs = logits.log_softmax(dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    losses = -log_probs.gather(1, labels)[:, 0]
+    logits.copy_(log_probs.exp_())
+    return losses
+
+
+def _to_probabilities_by_parts(logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+    """The same, few rows in float32 at a time; a compiled one holds none."""
+    rows_at_once = max(1, CHUNK_ELEMENTS // logits.shape[1])
+    parts = zip(logits.split(rows_at_once), labels.split(rows_at_once))
+    return torch.cat([_to_probabilities(*own) for own in parts])
+
+
+@cache
+def _compiled_to_probabilities() -> Callable:
+    return torch.compile(_to_probabilities)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_states, weight, labels):
-        ctx.rows = max(1, CHUNK_ELEMENTS // len(weight))
-        losses, normalizers = [], []
-        for rows, targets in zip(hidden_states.split(ctx.rows), labels.split(ctx.rows)):
-            logits = _logits(rows, weight)
-            normalizers.append(logits.logsumexp(dim=1))
-            losses.append(normalizers[-1] - logits.gather(1, targets[:, None])[:, 0])
-        if not losses:
-            return _widen(hidden_states.new_zeros(0))
-        ctx.save_for_backward(hidden_states, weight, labels, torch.cat(normalizers))
-        return torch.cat(losses)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_losses):
-        if not ctx.saved_tensors:
-            return None, None, None
-        hidden_states, weight, labels, normalizers = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden_states) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for first in range(0, len(labels), ctx.rows):
-            chosen = slice(first, first + ctx.rows)
-            rows, targets = hidden_states[chosen], labels[chosen]
-            grad_logits = _logits(rows, weight).sub_(normalizers[chosen, None]).exp_()
-            grad_logits[torch.arange(len(targets), device=targets.device), targets] -= 1
-            grad_logits = grad_logits.mul_(grad_losses[chosen, None]).to(rows.dtype)
+    def forward(ctx, hidden_states, weight, labels, weights, compiled, with_gradients):
+        ctx.set_materialize_grads(False)
+        losses = _widen(hidden_states.new_empty(len(labels)))
+        weights = weights.to(losses.dtype)
+        grad_hidden = grad_weight = None
+        if with_gradients and len(labels):
+            grad_hidden = torch.empty_like(hidden_states) if ctx.needs_input_grad[0] else None
+            grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        to_probabilities = _compiled_to_probabilities() if compiled else _to_probabilities_by_parts
+        rows_at_once = _rows_at_once(len(weight), hidden_states.device)
+        for first in range(0, len(labels), rows_at_once):
+            chosen = slice(first, first + rows_at_once)
+            # Cloned, as a compiler tells tensors apart by where they begin in their storage.
+            rows, targets = hidden_states[chosen], labels[chosen, None].clone()
+            grad_logits = _logits(rows, weight)
+            losses[chosen] = to_probabilities(grad_logits, targets)
+            if grad_hidden is None and grad_weight is None:
+                continue
+            # The gradient of the logits: probabilities, less one at the label.
+            grad_logits.scatter_(1, targets, torch.expm1(-losses[chosen, None]).to(grad_logits.dtype))
+            # The losses' weights go into what is narrow.
+            weighted_rows = (rows * weights[chosen, None]).to(rows.dtype)
             grad_rows = 0
-            for first, block in _blocks(weight, rows.dtype):
-                own = grad_logits[:, first : first + len(block)]
+            for first_entry, block in _blocks(weight, rows.dtype):
+                entries = slice(first_entry, first_entry + len(block))
+                own = grad_logits[:, entries]
                 if grad_hidden is not None:
                     grad_rows = grad_rows + own @ block
                 if grad_weight is None:
                     continue
                 if weight.dtype == rows.dtype:
-                    grad_weight[first : first + len(block)].addmm_(own.T, rows)
+                    grad_weight[entries].addmm_(own.T, weighted_rows)
                 else:
-                    grad_weight[first : first + len(block)] += own.T @ rows
+                    grad_weight[entries] += own.T @ weighted_rows
             if grad_hidden is not None:
-                grad_hidden[chosen] = grad_rows
-        return grad_hidden, grad_weight, None
+                grad_hidden[chosen] = (grad_rows * weights[chosen, None]).to(rows.dtype)
+        ctx.gradients = [grad_hidden, grad_weight]
+        ctx.mark_non_differentiable(losses)
+        return (losses * weights).sum(), losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total, _):
+        if ctx.gradients is None:
+            raise RuntimeError("The gradients of the head's loss are handed out once: its graph cannot be used again.")
+        # Scaled where they lie, and let go of: the head's is as large as its weight.
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(own if own is None else own.mul_(grad_total) for own in gradients), None, None, None, None

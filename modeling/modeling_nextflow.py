@@ -22,7 +22,7 @@ from transformers.masking_utils import create_causal_mask, packed_sequence_mask_
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .block_attention import BLOCK_VARLEN, find_runs
+from .block_attention import BLOCK_VARLEN, BatchRuns, find_runs
 from .chunked_cross_entropy import chunked_cross_entropy, chunked_log_probs
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextScaleGenerationMixin
@@ -427,7 +427,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         if implementation == BLOCK_VARLEN and past_length == 0 and _is_contiguous(attention_mask):
             documents = attention_mask.long() - 1 if document_ids is None else document_ids
             blocks = torch.full_like(documents, -1) if block_sequence_ids is None else block_sequence_ids
-            kwargs["runs"] = find_runs(blocks, documents)
+            kwargs["runs"] = BatchRuns(find_runs(blocks, documents), documents.shape[1])
             return {"full_attention": None}
         if document_ids is not None and "flash" in implementation:
             raise ValueError(
@@ -601,7 +601,7 @@ class NextFlowForConditionalGeneration(OwnsImageTokenizer, NextFlowPreTrainedMod
         layout: SequenceLayout | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Text loss, image loss and the image loss of each scale; both modalities pass the head together."""
-        rows, labels = [], []
+        rows, labels, weights = [], [], []
         if shift_labels is not None:
             # Slots predict codes, and `<eoi>` is forced.
             is_slot = shift_labels == self.config.image_token_id
@@ -614,26 +614,27 @@ class NextFlowForConditionalGeneration(OwnsImageTokenizer, NextFlowPreTrainedMod
             labelled = (shift_labels != -100) & ~ignored
             rows.append(hidden_states[labelled])
             labels.append(shift_labels[labelled])
+            weights.append(torch.ones_like(labels[-1], dtype=torch.float32))
         if image_labels is not None:
             if layout is None:
                 raise ValueError("`image_labels` need `image_codes` or `pixel_values` to say where their slots are.")
-            slots, codes, weights, scales = self._labelled_slots(image_labels, layout.spans, hidden_states.device)
+            slots, codes, code_weights, scales = self._labelled_slots(image_labels, layout.spans, hidden_states.device)
             rows.append(hidden_states[slots])
             labels.append(codes + self.config.code_start_id)
-        losses = list(
-            chunked_cross_entropy(self.lm_head, torch.cat(rows), torch.cat(labels)).split([len(own) for own in labels])
+            weights.append(code_weights)
+        sizes = [len(own) for own in labels]
+        sums, losses = chunked_cross_entropy(
+            self.lm_head, torch.cat(rows), torch.cat(labels), torch.cat(weights), sizes
         )
+        means = [own / max(1, size) for own, size in zip(sums, sizes)]
         text_loss = image_loss = per_scale = None
         if shift_labels is not None:
-            own = losses.pop(0)
-            text_loss = own.sum() / max(1, len(own))
+            text_loss = means[0]
         if image_labels is not None:
-            own = losses.pop(0)
-            image_loss = (own * weights).sum() / max(1, len(own))
-            with torch.no_grad():
-                num_scales = self.config.schedule.num_scales
-                sums = own.new_zeros(num_scales).index_add(0, scales, own)
-                per_scale = sums / torch.bincount(scales, minlength=num_scales)
+            image_loss, own = means[-1], losses.split(sizes)[-1]
+            num_scales = self.config.schedule.num_scales
+            per_scale = own.new_zeros(num_scales).index_add(0, scales, own)
+            per_scale = per_scale / torch.bincount(scales, minlength=num_scales)
         return text_loss, image_loss, per_scale
 
     def _labelled_slots(self, image_labels: torch.LongTensor, spans: tuple[ImageSpan, ...], device) -> tuple:

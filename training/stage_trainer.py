@@ -18,6 +18,7 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .coded_documents import MixedSequences
+from .compilation import compile_layers, take_compilation
 from .packing import PackedSequences
 from .processes import all_processes
 from .recipe import Recipe, note_recipe
@@ -253,6 +254,7 @@ def run_stage(
         "train_sampling_strategy": "sequential" if isinstance(dataset, MixedSequences) else "random",
         **zero_arguments(recipe.trainer),
     }
+    compilation = take_compilation(arguments)
     last = last_checkpoint(folder)
     if "fsdp_size" in recipe.stage_args:
         if "deepspeed" in arguments:
@@ -269,6 +271,8 @@ def run_stage(
         note_recipe(recipe)
     set_seed(args.seed)
     leave_out_cudnn_attention()
+    if compilation is not None:
+        compile_layers(model, **compilation)
     ema = EmaCallback(recipe.stage_args.get("ema_decay", 0.999), last)
     trainer = StageTrainer(
         model=model,

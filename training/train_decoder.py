@@ -114,13 +114,15 @@ class SampleGridCallback(PictureCallback):
         model.eval()
         texts = [f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n" for prompt in self.prompts]
         inputs = self.builder.tokenizer(texts * self.rows, return_tensors="pt", padding=True, padding_side="left")
-        output = model.generate(
-            inputs.input_ids,
-            attention_mask=inputs.attention_mask,
-            generation_mode="image",
-            image_size=self.image_size,
-            seed=0,
-        )
+        # Compiled layers are for training's shapes.
+        with torch.compiler.set_stance("force_eager"):
+            output = model.generate(
+                inputs.input_ids,
+                attention_mask=inputs.attention_mask,
+                generation_mode="image",
+                image_size=self.image_size,
+                seed=0,
+            )
         model.train(training)
         images = torch.stack(output.images).unflatten(0, (self.rows, len(self.prompts)))
         sheet = images.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)

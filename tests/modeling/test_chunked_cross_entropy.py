@@ -29,11 +29,14 @@ def test_loss_and_gradients_equal_the_plain_ones(monkeypatch, wrap, dtype):
     rows, labels = torch.randn(31, 16, dtype=dtype, requires_grad=True), torch.randint(50, (31,))
     weights = torch.rand(31, dtype=dtype)
     results = []
-    for loss in (
-        F.cross_entropy(head(rows), labels, reduction="none"),
-        chunked_cross_entropy(wrap(head), rows, labels),
+    plain = F.cross_entropy(head(rows), labels, reduction="none")
+    of_groups = [own.sum() for own in (plain * weights).split([20, 11])]
+    for sums, losses in (
+        (of_groups, plain.detach()),
+        chunked_cross_entropy(wrap(head), rows, labels, weights, [20, 11]),
     ):
-        results.append((loss.detach(), *torch.autograd.grad((loss * weights).sum(), (rows, head.weight))))
+        loss = sums[0] - 0.3 * sums[1]
+        results.append((loss.detach(), losses, *torch.autograd.grad(loss, (rows, head.weight))))
     for plain, chunked in zip(*results):
         torch.testing.assert_close(plain, chunked, atol=1e-6, rtol=1e-5)
 
@@ -55,14 +58,17 @@ def test_the_models_losses_do_not_depend_on_the_chunks(monkeypatch):
 def test_a_frozen_head_and_bfloat16():
     head = nn.Linear(16, 50, bias=False).requires_grad_(False)
     rows = torch.randn(5, 16, requires_grad=True)
-    chunked_cross_entropy(head, rows, torch.arange(5)).sum().backward()
+    labels, weights = torch.arange(5), torch.ones(5)
+    chunked_cross_entropy(head, rows, labels, weights)[0][0].backward()
     assert rows.grad.isfinite().all() and head.weight.grad is None
     low = nn.Linear(16, 50, bias=False, dtype=torch.bfloat16)
-    loss = chunked_cross_entropy(low, rows.detach().bfloat16(), torch.arange(5))
-    assert loss.dtype == torch.float32
+    (total,), losses = chunked_cross_entropy(low, rows.detach().bfloat16(), labels, weights)
+    assert total.dtype == losses.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = chunked_cross_entropy(head, rows.detach(), torch.arange(5))
-    torch.testing.assert_close(mixed, chunked_cross_entropy(head, rows.detach(), torch.arange(5)), atol=0.05, rtol=0.05)
+        mixed = chunked_cross_entropy(head, rows.detach(), labels, weights)[1]
+    torch.testing.assert_close(
+        mixed, chunked_cross_entropy(head, rows.detach(), labels, weights)[1], atol=0.05, rtol=0.05
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32_weight", "bfloat16_weight"])
@@ -79,11 +85,11 @@ def test_under_autocast_it_is_lean_and_equals_the_plain_loss(monkeypatch, dtype)
     for way in ("plain", "chunked"):
         with torch.autocast("cpu", torch.bfloat16):
             if way == "plain":
-                loss = F.cross_entropy(head(rows).float(), labels, reduction="none")
+                loss = F.cross_entropy(head(rows).float(), labels, reduction="sum")
             else:
                 monkeypatch.setattr(nn.Linear, "forward", lambda self, x: called.append(self) or head_forward(x))
-                loss = chunked_cross_entropy(head, rows, labels)
-        gradients = torch.autograd.grad(loss.sum(), (rows, head.weight))
+                (loss,), _ = chunked_cross_entropy(head, rows, labels, torch.ones(31))
+        gradients = torch.autograd.grad(loss, (rows, head.weight))
         assert loss.dtype == torch.float32 and gradients[1].dtype == dtype
         results.append((loss.detach(), *gradients))
     assert not called
@@ -94,6 +100,20 @@ def test_under_autocast_it_is_lean_and_equals_the_plain_loss(monkeypatch, dtype)
 def test_no_labels_give_no_loss():
     head = nn.Linear(16, 50, bias=False)
     rows = torch.zeros(0, 16, requires_grad=True)
-    loss = chunked_cross_entropy(head, rows, torch.zeros(0, dtype=torch.long))
-    assert loss.shape == (0,)
-    loss.sum().backward()
+    (total,), losses = chunked_cross_entropy(head, rows, torch.zeros(0, dtype=torch.long), torch.zeros(0))
+    assert total == 0 and losses.shape == (0,)
+    total.backward()
+
+
+def test_gradients_are_made_only_where_they_are_asked_for_and_handed_out_once(monkeypatch):
+    head = nn.Linear(16, 50, bias=False)
+    inputs = torch.randn(5, 16, requires_grad=True), torch.arange(5), torch.ones(5)
+    made = []
+    monkeypatch.setattr(module.torch, "expm1", lambda own: made.append(own) or own)
+    with torch.no_grad():
+        chunked_cross_entropy(head, *inputs)
+    assert not made
+    (total,), _ = chunked_cross_entropy(head, *inputs)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        total.backward()

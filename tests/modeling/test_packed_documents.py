@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from small_models import small_model
 from test_decoder import batch_of_images
 
-from nextflow_hf.modeling.block_attention import Run, find_runs
+from nextflow_hf.modeling import block_attention
+from nextflow_hf.modeling.block_attention import BatchRuns, Run, find_runs
 from nextflow_hf.modeling.image_layout import positions_in_documents
 
 TEXT_ONLY = torch.tensor([7, 9, 11, 12, 13])
@@ -105,6 +106,73 @@ def test_run_by_run_equals_the_mask_with_padding_on_both_sides():
             model.model.language_model.set_attn_implementation(implementation)
             outputs.append(model.model(**own).last_hidden_state[own["attention_mask"].bool()])
         torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+
+
+def of_one_kind(query, key, value, call, causal, dropout, scaling):
+    """What FlashAttention's kernel does for runs of varying length, in plain steps."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (own.repeat_interleave(groups, dim=1) for own in (key, value))
+    parts = [query.split(call.query_ends.diff().tolist())]
+    parts += [own.split(call.key_ends.diff().tolist()) for own in (key, value)]
+    outputs = []
+    for queries, keys, values in zip(*parts):
+        assert len(queries) <= call.longest_run and len(keys) <= call.longest_past
+        mask = torch.ones(len(queries), len(keys), dtype=torch.bool)
+        mask = mask.tril(len(keys) - len(queries)) if causal else mask
+        own = F.scaled_dot_product_attention(
+            *(part.transpose(0, 1) for part in (queries, keys, values)), attn_mask=mask, scale=scaling
+        )
+        outputs.append(own.transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("rows", ["packed", "padded_left"])
+def test_all_runs_at_once_equal_run_by_run(monkeypatch, rows):
+    model = small_model()
+    model.model.language_model.set_attn_implementation("block_varlen")
+    if rows == "packed":
+        row = packed(list(documents(model)), gap=3)
+        row["document_ids"][0, -3:] = -1
+        kept = row["document_ids"] >= 0
+    else:
+        row = batch_of_images(model.config)
+        ids = zip(row["input_ids"], row["attention_mask"])
+        row["input_ids"] = torch.stack([own.roll(int((mask == 0).sum())) for own, mask in ids])
+        row["attention_mask"] = row["attention_mask"].flip(1)
+        kept = row["attention_mask"].bool()
+    results = []
+    for at_once in (False, True):
+        monkeypatch.setattr(block_attention, "_takes_many_runs", lambda query, own=at_once: own)
+        monkeypatch.setattr(block_attention, "_flash_attention", of_one_kind)
+        model.zero_grad()
+        hidden = model.model(**row).last_hidden_state[kept]
+        hidden.square().sum().backward()
+        weights = model.model.language_model.layers[0].self_attn
+        results.append((hidden, weights.q_proj.weight.grad, weights.k_proj.weight.grad, weights.v_proj.weight.grad))
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels are CUDA's")
+def test_flash_attentions_kernels_equal_run_by_run():
+    """Text, three scales, text behind them; a second document, and padding: heads share keys, as in the 7B."""
+    lengths, blocks = (150, 4, 64, 700, 90, 33, 16, 7), (-1, 0, 1, 2, -1, -1, 3, -1)
+    ids = torch.tensor([0, 0, 0, 0, 0, 1, 1, -1])
+    ids, blocks = (torch.as_tensor(own).repeat_interleave(torch.tensor(lengths))[None] for own in (ids, blocks))
+    runs = BatchRuns(find_runs(blocks, ids), ids.shape[1])
+    module = torch.nn.Module()
+    module.num_key_value_groups = 3
+    torch.manual_seed(0)
+    heads = (6, 2, 2)
+    inputs = [torch.randn(1, ids.shape[1], own, 64, device="cuda").transpose(1, 2).requires_grad_() for own in heads]
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = [own.to(dtype) for own in inputs]
+        assert block_attention._takes_many_runs(tensors[0]) == (dtype == torch.bfloat16)
+        output, _ = block_attention.block_varlen_attention(module, *tensors, None, scaling=0.1, runs=runs)
+        results.append((output, *torch.autograd.grad(output.float().square().sum(), inputs)))
+    for exact, own in zip(*results):
+        assert (own.float() - exact).norm() < 0.02 * exact.norm()
 
 
 def test_run_by_run_draws_the_same_codes():
