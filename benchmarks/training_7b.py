@@ -2,9 +2,9 @@
 
 As many of the 7B's 28 layers as fit, with its full embeddings and head, in bfloat16 with fused AdamW, train on packed
 documents like NextFlow's (section 3.3): captions, pictures of 256, 512 and 1024 px to draw, and stories, by the paper's
-schedule. The layers are compiled, as by a recipe's `torch_compile`. Model FLOPs are counted from what each document
-really attends to (`SequenceCost`), three times the forward pass; what is computed behind masks, or anew, does not
-count. MFU is over the card's peak of dense bfloat16 products.
+schedule. The layers are compiled, as by a recipe's `torch_compile`; there is no autocast. Model FLOPs are counted from
+what each document really attends to (`SequenceCost`), three times the forward pass; what is computed behind masks, or
+anew, does not count. MFU is over the card's peak of dense bfloat16 products.
 
     python benchmarks/training_7b.py
 

@@ -7,7 +7,7 @@ length of a row costs nothing by itself, and blocks need no mask, so that the fa
 
 Where FlashAttention for sequences of varying length is at hand, two calls do it for a whole batch: one for all blocks,
 one for all stretches of text, each run beside a copy of the keys it sees. A call a run would leave most of an
-accelerator idle, as most scales have a few slots.
+accelerator idle, as most scales have a few slots; where copies would be too many (`MAX_COPIES`), it is that still.
 """
 
 from collections.abc import Callable
@@ -23,6 +23,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 BLOCK_VARLEN = "block_varlen"
+# Copies of keys for each position, at most: a layer keeps them for its backward pass, and they grow with runs times
+# length. Rows of one picture a document have 4 to 7; a document of ten pictures of 256 px 63, one of forty 258.
+MAX_COPIES = 16
 
 
 class Run(NamedTuple):
@@ -86,6 +89,7 @@ class BatchRuns:
     Attributes:
         sizes: Lengths of the pieces that the rows, one behind the other, fall into: runs, and padding between them.
         kinds: Of each piece whether it is causal; `None` for padding.
+        at_once: Whether the keys that all runs see, each with its own copy, are few enough for a call of a kind.
     """
 
     def __init__(self, rows: list[list[Run]], length: int):
@@ -102,6 +106,8 @@ class BatchRuns:
                 self._runs[run.causal].append(Run(first + run.start, filled, first + run.document_start, run.causal))
         self.sizes.append(len(rows) * length - filled)
         self.kinds.append(None)
+        copies = sum(run.end - run.document_start for runs in rows for run in runs)
+        self.at_once = copies <= MAX_COPIES * len(rows) * length
 
     def calls(self, device: torch.device) -> dict[bool, Call]:
         """The call for causal runs and that for blocks, where there are any."""
@@ -118,8 +124,6 @@ def _call_of(runs: list[Run], device: torch.device) -> Call:
     return Call(keys.to(device), *ends, max(lengths), max(pasts))
 
 
-# Its loops over runs are not for a compiler; what stands around it in a layer is.
-@torch.compiler.disable
 def block_varlen_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -139,19 +143,40 @@ def block_varlen_attention(
     kwargs.pop("is_causal", None)
     # A static cache is longer than what it holds.
     key, value = (own if own.shape[2] == query.shape[2] else own[:, :, : query.shape[2]] for own in (key, value))
-    if _takes_many_runs(query):
-        return _attend_at_once(query, key, value, runs, dropout, scaling), None
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        # As SDPA does by itself: rotations have made queries and keys float32.
+        query, key, value = (own.to(torch.get_autocast_dtype(kind)) for own in (query, key, value))
+    return _attend(module, query, key, value, runs, scaling=scaling, dropout=dropout, **kwargs), None
+
+
+# Its loops over runs are not for a compiler; what stands around it in a layer is.
+@torch.compiler.disable
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    runs: BatchRuns,
+    scaling: float | None,
+    dropout: float,
+    **kwargs,
+) -> torch.Tensor:
+    """All rows, with zeros for padding: `(batch, length, heads, head_dim)`."""
+    if runs.at_once and _takes_many_runs(query, key, value):
+        return _attend_at_once(query, key, value, runs, dropout, scaling)
     attend = partial(sdpa_attention_forward, module, scaling=scaling, dropout=dropout, **kwargs)
     # Split everywhere, not sliced: the gradient of a slice is filled up to all that it was cut from, once a run.
     rows = zip(query.split(1), key.split(1), value.split(1), runs.rows)
-    return torch.cat([_attend_row(attend, *row) for row in rows]), None
+    return torch.cat([_attend_row(attend, *row) for row in rows])
 
 
-def _takes_many_runs(query: torch.Tensor) -> bool:
+def _takes_many_runs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether FlashAttention's kernels take these heads; `torch.nn.attention.sdpa_kernel` can rule them out."""
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
+        and query.dtype == key.dtype == value.dtype
         and query.shape[-1] % 8 == 0
         and query.shape[-1] <= 256
         and torch.backends.cuda.flash_sdp_enabled()

@@ -2,13 +2,13 @@
 
 At 184,832 entries and 10,084 slots, one image's logits alone are 7.5 GB in float32. Here a chunk of rows is scored at a
 time, and its gradients are taken at once, in the forward pass: a backward pass would have to score it again, a quarter
-of the head's products. They go straight into one buffer for the head's weight. Under autocast the products are taken in
-its type, and a weight of another type is cast block by block, never whole. Where a plain head is compiled
-(`head.compile()`), what is done to its logits is one kernel, too.
+of the head's products. They go straight into one buffer for the head's weight, all groups' together. That holds where
+the groups' sums weigh alike in what is differentiated, as in the models' loss; otherwise, and for a second backward
+pass, chunks are scored again. Under autocast the products are taken in its type, and a weight of another type is cast
+block by block, never whole. After `compile_loss` what is done to a plain head's logits is one kernel.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ def chunked_cross_entropy(
             that is wrapped, sharded or offloaded is called as a module, chunk by chunk.
         hidden_states: `(rows, hidden_size)`.
         labels: `(rows,)`, each an entry of the vocabulary.
-        weights: `(rows,)`, of the losses in the sums; they get no gradient.
+        weights: `(rows,)`, of the losses in the sums, for a mean with its 1 / rows; they get no gradient.
         sizes: Rows of each group that is summed by itself; by default all are one.
 
     Returns:
@@ -47,19 +47,20 @@ def chunked_cross_entropy(
         float64 inputs).
     """
     sizes = [len(labels)] if sizes is None else list(sizes)
+    weights = weights.detach()
     if is_plain(head, hidden_states):
         kind = hidden_states.device.type
         if torch.is_autocast_enabled(kind):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(kind))
         if hidden_states.dtype in (head.weight.dtype, torch.bfloat16, torch.float16):
-            groups = zip(hidden_states.split(sizes), labels.split(sizes), weights.split(sizes))
-            with torch.autocast(kind, enabled=False):
-                settings = head._compiled_call_impl is not None, torch.is_grad_enabled()
-                results = [
-                    _LinearCrossEntropy.apply(rows, head.weight, targets, own, *settings)
-                    for rows, targets, own in groups
-                ]
-            return tuple(total for total, _ in results), torch.cat([losses for _, losses in results])
+            settings = getattr(head, "loss_compilation", None)
+            to_probabilities = _to_probabilities_by_parts
+            if settings is not None:
+                to_probabilities = torch.compile(_to_probabilities, **settings)
+            *sums, losses = _LinearCrossEntropy.apply(
+                hidden_states, head.weight, labels, weights, sizes, to_probabilities, torch.is_grad_enabled()
+            )
+            return tuple(sums), losses
 
     def of_chunk(rows, targets):
         return F.cross_entropy(_widen(head(rows)), targets, reduction="none")
@@ -71,6 +72,16 @@ def chunked_cross_entropy(
         chunks = zip(hidden_states.split(rows_at_once), labels.split(rows_at_once))
         losses = torch.cat([checkpoint(of_chunk, rows, targets, use_reentrant=False) for rows, targets in chunks])
     return tuple(own.sum() for own in (losses * weights).split(sizes)), losses.detach()
+
+
+def compile_loss(head: nn.Module, **kwargs) -> None:
+    """Let `chunked_cross_entropy` compile what it does to the logits of this head, where it is plain.
+
+    Args:
+        head: The head; the settings are its `loss_compilation` then.
+        kwargs: What `torch.compile` takes.
+    """
+    head.loss_compilation = kwargs
 
 
 def chunked_log_probs(
@@ -133,8 +144,10 @@ def _blocks(weight: torch.Tensor, dtype: torch.dtype):
 
 
 def _logits(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    parts = [rows @ block.T for _, block in _blocks(weight, rows.dtype)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    logits = rows.new_empty(len(rows), len(weight))
+    for first, block in _blocks(weight, rows.dtype):
+        torch.mm(rows, block.T, out=logits[:, first : first + len(block)])
+    return logits
 
 
 def _to_probabilities(logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
@@ -152,58 +165,95 @@ def _to_probabilities_by_parts(logits: torch.Tensor, labels: torch.LongTensor) -
     return torch.cat([_to_probabilities(*own) for own in parts])
 
 
-@cache
-def _compiled_to_probabilities() -> Callable:
-    return torch.compile(_to_probabilities)
+def _losses_and_gradients(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.LongTensor,
+    factors: torch.Tensor,
+    wanted: Sequence[bool],
+    to_probabilities: Callable,
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """Losses `(rows,)`, and gradients of their sum by `factors` `(rows,)`, a chunk of rows at a time.
+
+    Args:
+        wanted: Whether the gradient of the hidden states is wanted, and whether that of the weight.
+    """
+    losses = torch.empty_like(factors)
+    grad_hidden = torch.empty_like(hidden_states) if wanted[0] else None
+    grad_weight = torch.zeros_like(weight) if wanted[1] else None
+    rows_at_once = _rows_at_once(len(weight), hidden_states.device)
+    for first in range(0, len(labels), rows_at_once):
+        chosen = slice(first, first + rows_at_once)
+        # Cloned, as a compiler tells tensors apart by where they begin in their storage.
+        rows, targets = hidden_states[chosen], labels[chosen, None].clone()
+        grad_logits = _logits(rows, weight)
+        losses[chosen] = to_probabilities(grad_logits, targets)
+        if not any(wanted):
+            continue
+        # The gradient of the logits: probabilities, less one at the label.
+        grad_logits.scatter_(1, targets, torch.expm1(-losses[chosen, None]).to(grad_logits.dtype))
+        # The factors go into what is narrow.
+        scaled_rows = (rows * factors[chosen, None]).to(rows.dtype)
+        grad_rows = 0
+        for first_entry, block in _blocks(weight, rows.dtype):
+            entries = slice(first_entry, first_entry + len(block))
+            own = grad_logits[:, entries]
+            if grad_hidden is not None:
+                grad_rows = grad_rows + own @ block
+            if grad_weight is None:
+                continue
+            if weight.dtype == rows.dtype:
+                grad_weight[entries].addmm_(own.T, scaled_rows)
+            else:
+                grad_weight[entries] += own.T @ scaled_rows
+        if grad_hidden is not None:
+            grad_hidden[chosen] = (grad_rows * factors[chosen, None]).to(rows.dtype)
+    return losses, [grad_hidden, grad_weight]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """Sums of groups of rows, and the rows' losses."""
+
     @staticmethod
-    def forward(ctx, hidden_states, weight, labels, weights, compiled, with_gradients):
+    def forward(ctx, hidden_states, weight, labels, weights, sizes, to_probabilities, with_gradients):
         ctx.set_materialize_grads(False)
-        losses = _widen(hidden_states.new_empty(len(labels)))
-        weights = weights.to(losses.dtype)
-        grad_hidden = grad_weight = None
-        if with_gradients and len(labels):
-            grad_hidden = torch.empty_like(hidden_states) if ctx.needs_input_grad[0] else None
-            grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        to_probabilities = _compiled_to_probabilities() if compiled else _to_probabilities_by_parts
-        rows_at_once = _rows_at_once(len(weight), hidden_states.device)
-        for first in range(0, len(labels), rows_at_once):
-            chosen = slice(first, first + rows_at_once)
-            # Cloned, as a compiler tells tensors apart by where they begin in their storage.
-            rows, targets = hidden_states[chosen], labels[chosen, None].clone()
-            grad_logits = _logits(rows, weight)
-            losses[chosen] = to_probabilities(grad_logits, targets)
-            if grad_hidden is None and grad_weight is None:
-                continue
-            # The gradient of the logits: probabilities, less one at the label.
-            grad_logits.scatter_(1, targets, torch.expm1(-losses[chosen, None]).to(grad_logits.dtype))
-            # The losses' weights go into what is narrow.
-            weighted_rows = (rows * weights[chosen, None]).to(rows.dtype)
-            grad_rows = 0
-            for first_entry, block in _blocks(weight, rows.dtype):
-                entries = slice(first_entry, first_entry + len(block))
-                own = grad_logits[:, entries]
-                if grad_hidden is not None:
-                    grad_rows = grad_rows + own @ block
-                if grad_weight is None:
-                    continue
-                if weight.dtype == rows.dtype:
-                    grad_weight[entries].addmm_(own.T, weighted_rows)
-                else:
-                    grad_weight[entries] += own.T @ weighted_rows
-            if grad_hidden is not None:
-                grad_hidden[chosen] = (grad_rows * weights[chosen, None]).to(rows.dtype)
-        ctx.gradients = [grad_hidden, grad_weight]
+        weights = weights.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        wanted = ctx.needs_input_grad[:2]
+        # A loss scale must reach float16's gradients before they are rounded: they wait for it.
+        at_once = with_gradients and any(wanted) and len(labels) > 0 and hidden_states.dtype != torch.float16
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            losses, gradients = _losses_and_gradients(
+                hidden_states, weight, labels, weights, wanted if at_once else (False, False), to_probabilities
+            )
+        ctx.gradients = gradients if at_once else None
+        ctx.sizes, ctx.to_probabilities = sizes, to_probabilities
+        ctx.save_for_backward(hidden_states, weight, labels, weights)
         ctx.mark_non_differentiable(losses)
-        return (losses * weights).sum(), losses
+        return *(own.sum() for own in (losses * weights).split(sizes)), losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_total, _):
-        if ctx.gradients is None:
-            raise RuntimeError("The gradients of the head's loss are handed out once: its graph cannot be used again.")
-        # Scaled where they lie, and let go of: the head's is as large as its weight.
+    def backward(ctx, *grad_outputs):
+        hidden_states, weight, labels, weights = ctx.saved_tensors
+        # Handed out once, as they are scaled where they lie: the head's is as large as its weight.
         gradients, ctx.gradients = ctx.gradients, None
-        return *(own if own is None else own.mul_(grad_total) for own in gradients), None, None, None, None
+        upstream = grad_outputs[: len(ctx.sizes)]
+        used = [own for own, size in zip(upstream, ctx.sizes) if size]
+        if gradients is not None and _are_equal(used):
+            gradients = [own if own is None else own.mul_(used[0]) for own in gradients]
+        else:
+            del gradients
+            factors = [weights.new_zeros(()) if own is None else own.to(weights.dtype) for own in upstream]
+            factors = torch.cat([own.expand(size) for own, size in zip(factors, ctx.sizes)])
+            with torch.autocast(hidden_states.device.type, enabled=False):
+                _, gradients = _losses_and_gradients(
+                    hidden_states, weight, labels, weights * factors, ctx.needs_input_grad[:2], ctx.to_probabilities
+                )
+        return *gradients, None, None, None, None, None
+
+
+def _are_equal(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Whether all are one number; of one and the same tensor that is known without asking an accelerator."""
+    if any(own is None for own in tensors):
+        return False
+    return all(own is tensors[0] or torch.equal(own, tensors[0]) for own in tensors[1:])

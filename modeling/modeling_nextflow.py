@@ -614,19 +614,18 @@ class NextFlowForConditionalGeneration(OwnsImageTokenizer, NextFlowPreTrainedMod
             labelled = (shift_labels != -100) & ~ignored
             rows.append(hidden_states[labelled])
             labels.append(shift_labels[labelled])
-            weights.append(torch.ones_like(labels[-1], dtype=torch.float32))
+            weights.append(torch.ones_like(labels[-1], dtype=torch.float32) / max(1, len(labels[-1])))
         if image_labels is not None:
             if layout is None:
                 raise ValueError("`image_labels` need `image_codes` or `pixel_values` to say where their slots are.")
             slots, codes, code_weights, scales = self._labelled_slots(image_labels, layout.spans, hidden_states.device)
             rows.append(hidden_states[slots])
             labels.append(codes + self.config.code_start_id)
-            weights.append(code_weights)
+            weights.append(code_weights / max(1, len(codes)))
         sizes = [len(own) for own in labels]
-        sums, losses = chunked_cross_entropy(
+        means, losses = chunked_cross_entropy(
             self.lm_head, torch.cat(rows), torch.cat(labels), torch.cat(weights), sizes
         )
-        means = [own / max(1, size) for own, size in zip(sums, sizes)]
         text_loss = image_loss = per_scale = None
         if shift_labels is not None:
             text_loss = means[0]

@@ -56,5 +56,6 @@ def make_whole(model: torch.nn.Module) -> None:
                 own.data = gathered(own_part(own).detach(), own).cpu()
         if isinstance(module, FSDPModule):
             # `fully_shard` has put a class of its own, with the module's as second base, in place of the module's,
-            # and a checkpoint carries the code of its model's class.
-            module.__class__ = type(module).__bases__[1]
+            # and a checkpoint carries the code of its model's class. A compiled layer has another class above it.
+            sharded = next(own for own in type(module).__mro__ if FSDPModule in own.__bases__)
+            module.__class__ = sharded.__bases__[1]

@@ -18,7 +18,7 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .coded_documents import MixedSequences
-from .compilation import compile_layers, take_compilation
+from .compilation import compile_layers, has_decoder, take_compilation
 from .packing import PackedSequences
 from .processes import all_processes
 from .recipe import Recipe, note_recipe
@@ -254,7 +254,12 @@ def run_stage(
         "train_sampling_strategy": "sequential" if isinstance(dataset, MixedSequences) else "random",
         **zero_arguments(recipe.trainer),
     }
-    compilation = take_compilation(arguments)
+    # Of a model without a decoder the Trainer compiles all.
+    compilation = take_compilation(arguments) if has_decoder(model) else None
+    if compilation is not None:
+        # Where `TrainingArguments` of a stage before have left what they asked accelerate for.
+        for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
+            os.environ.pop(name, None)
     last = last_checkpoint(folder)
     if "fsdp_size" in recipe.stage_args:
         if "deepspeed" in arguments:
@@ -271,6 +276,9 @@ def run_stage(
         note_recipe(recipe)
     set_seed(args.seed)
     leave_out_cudnn_attention()
+    if compilation is not None or args.torch_compile:
+        # How often a function may be compiled anew counts for all stages of a process.
+        torch.compiler.reset()
     if compilation is not None:
         compile_layers(model, **compilation)
     ema = EmaCallback(recipe.stage_args.get("ema_decay", 0.999), last)

@@ -1,5 +1,7 @@
 """Rows of several documents, and attention run by run."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -126,8 +128,9 @@ def of_one_kind(query, key, value, call, causal, dropout, scaling):
     return torch.cat(outputs)
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("rows", ["packed", "padded_left"])
-def test_all_runs_at_once_equal_run_by_run(monkeypatch, rows):
+def test_all_runs_at_once_equal_run_by_run(monkeypatch, rows, autocast):
     model = small_model()
     model.model.language_model.set_attn_implementation("block_varlen")
     if rows == "packed":
@@ -140,21 +143,52 @@ def test_all_runs_at_once_equal_run_by_run(monkeypatch, rows):
         row["input_ids"] = torch.stack([own.roll(int((mask == 0).sum())) for own, mask in ids])
         row["attention_mask"] = row["attention_mask"].flip(1)
         kept = row["attention_mask"].bool()
-    results = []
+    results, seen = [], []
+
+    def takes_many_runs(*tensors, answer):
+        seen.append({own.dtype for own in tensors})
+        return answer
+
+    monkeypatch.setattr(block_attention, "_flash_attention", of_one_kind)
     for at_once in (False, True):
-        monkeypatch.setattr(block_attention, "_takes_many_runs", lambda query, own=at_once: own)
-        monkeypatch.setattr(block_attention, "_flash_attention", of_one_kind)
+        monkeypatch.setattr(block_attention, "_takes_many_runs", partial(takes_many_runs, answer=at_once))
         model.zero_grad()
-        hidden = model.model(**row).last_hidden_state[kept]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            hidden = model.model(**row).last_hidden_state[kept].float()
         hidden.square().sum().backward()
         weights = model.model.language_model.layers[0].self_attn
         results.append((hidden, weights.q_proj.weight.grad, weights.k_proj.weight.grad, weights.v_proj.weight.grad))
+    # Under autocast too, though rotations make queries and keys float32.
+    assert seen and all(own == {torch.bfloat16 if autocast else torch.float32} for own in seen)
     for one, other in zip(*results):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        if autocast:
+            assert (one - other).norm() < 0.02 * other.norm()
+        else:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_where_keys_would_be_copied_too_often_it_is_run_by_run(monkeypatch):
+    def of_pictures(number):
+        """A document of so many pictures of three scales, each behind four words."""
+        picture = [own for scale, slots in ((0, 1), (1, 4), (2, 16)) for own in [scale] * slots]
+        blocks = [own for index in range(number) for own in [-1] * 4 + [3 * index + own for own in picture]]
+        blocks = torch.tensor([blocks])
+        return BatchRuns(find_runs(blocks, torch.zeros_like(blocks)), blocks.shape[1])
+
+    few, many = of_pictures(5), of_pictures(50)
+    copies = sum(len(call.keys) for call in few.calls(torch.device("cpu")).values())
+    assert copies <= block_attention.MAX_COPIES * 5 * 25
+    monkeypatch.setattr(block_attention, "_takes_many_runs", lambda *tensors: True)
+    monkeypatch.setattr(block_attention, "_attend_at_once", lambda *args: "at once")
+    monkeypatch.setattr(block_attention, "_attend_row", lambda attend, query, *args: query)
+    for runs, positions in ((few, 5 * 25), (many, 50 * 25)):
+        tensors = [torch.zeros(1, 2, positions, 8)] * 3
+        output, _ = block_attention.block_varlen_attention(torch.nn.Module(), *tensors, None, runs=runs)
+        assert (output == "at once") if runs is few else torch.equal(output, tensors[0])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels are CUDA's")
-def test_flash_attentions_kernels_equal_run_by_run():
+def test_flash_attentions_kernels_equal_run_by_run(monkeypatch):
     """Text, three scales, text behind them; a second document, and padding: heads share keys, as in the 7B."""
     lengths, blocks = (150, 4, 64, 700, 90, 33, 16, 7), (-1, 0, 1, 2, -1, -1, 3, -1)
     ids = torch.tensor([0, 0, 0, 0, 0, 1, 1, -1])
@@ -165,14 +199,21 @@ def test_flash_attentions_kernels_equal_run_by_run():
     torch.manual_seed(0)
     heads = (6, 2, 2)
     inputs = [torch.randn(1, ids.shape[1], own, 64, device="cuda").transpose(1, 2).requires_grad_() for own in heads]
-    results = []
-    for dtype in (torch.float32, torch.bfloat16):
-        tensors = [own.to(dtype) for own in inputs]
-        assert block_attention._takes_many_runs(tensors[0]) == (dtype == torch.bfloat16)
-        output, _ = block_attention.block_varlen_attention(module, *tensors, None, scaling=0.1, runs=runs)
-        results.append((output, *torch.autograd.grad(output.float().square().sum(), inputs)))
-    for exact, own in zip(*results):
-        assert (own.float() - exact).norm() < 0.02 * exact.norm()
+    exact, calls = None, []
+    flash_attention = block_attention._flash_attention
+    monkeypatch.setattr(block_attention, "_flash_attention", lambda *args: calls.append(1) or flash_attention(*args))
+    for dtype, autocast in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True)):
+        # Under autocast values come from a product in its type, queries and keys from rotations in float32.
+        dtypes = (dtype, dtype, torch.bfloat16 if autocast else dtype)
+        tensors = [own.to(given) for own, given in zip(inputs, dtypes)]
+        calls.clear()
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            output, _ = block_attention.block_varlen_attention(module, *tensors, None, scaling=0.1, runs=runs)
+        own = (output, *torch.autograd.grad(output.float().square().sum(), inputs))
+        exact = own if exact is None else exact
+        assert len(calls) == (0 if own is exact else 2)
+        for one, other in zip(own, exact):
+            assert (one.float() - other).norm() < 0.02 * other.norm()
 
 
 def test_run_by_run_draws_the_same_codes():

@@ -110,10 +110,11 @@ needs_deepspeed = pytest.mark.skipif(not is_deepspeed_available(), reason="deeps
     [
         {},
         {"fsdp_size": 2},
+        {"fsdp_size": 2, "trainer": {"torch_compile_backend": "aot_eager"}},
         pytest.param({"trainer": {"deepspeed": "zero2"}}, marks=needs_deepspeed),
         pytest.param({"trainer": {"deepspeed": "zero3"}}, marks=needs_deepspeed),
     ],
-    ids=["data_parallel", "fsdp2", "zero2", "zero3"],
+    ids=["data_parallel", "fsdp2", "fsdp2_compiled", "zero2", "zero3"],
 )
 def test_two_processes_give_the_losses_and_weights_of_one(run, tmp_path, extra):
     losses, model = run("one")
