@@ -19,7 +19,9 @@ MINI = str(_checkpoints / "nextflow-mini")
 """Folder of the bundled checkpoint, for every `from_pretrained`."""
 MINI_WORDS = str(_checkpoints / "nextflow-mini-words")
 """Folder of the bundled checkpoint that draws words and nothing else."""
-BUNDLED = {"mini": MINI, "mini-words": MINI_WORDS}
+MINI_128 = str(_checkpoints / "nextflow-mini-128")
+"""Folder of the bundled checkpoint that draws scenes of 128 pixels, and describes them."""
+BUNDLED = {"mini": MINI, "mini-words": MINI_WORDS, "mini-128": MINI_128}
 REFINERS = {"mini": str(_checkpoints / "nextflow-mini-refiner")}
 """Bundled refiners of what the bundled checkpoints draw."""
 ADAPTERS = {"mini": str(_checkpoints / "nextflow-mini-look")}
@@ -44,7 +46,7 @@ _EXPORTS = {
     "NextFlowImageProcessor": "processing.image_processing_nextflow",
     "NextFlowImageProcessorPil": "processing.image_processing_pil_nextflow",
 }
-__all__ = ["ADAPTERS", "BUNDLED", "MINI", "MINI_WORDS", "REFINERS", "register", *_EXPORTS]
+__all__ = ["ADAPTERS", "BUNDLED", "MINI", "MINI_128", "MINI_WORDS", "REFINERS", "register", *_EXPORTS]
 
 
 def __getattr__(name: str):

@@ -44,6 +44,7 @@ _BUNDLES = {
         evaluate_scenes,
         model_card,
     ),
+    "mini-128": _Bundle(("vq-128", "pretrain-128"), evaluate_scenes, model_card),
     "mini-words": _Bundle(("vq-words", "pretrain-words", "grpo-words"), evaluate_words, words_card),
 }
 

@@ -1,5 +1,5 @@
 """`make demo`: draws a contact sheet, shows a picture sharpening scale by scale, describes pictures, answers questions
-about them, edits others, thinks before it draws, tells a story, refines a picture, and writes words."""
+about them, edits others, thinks before it draws, tells a story, refines a picture, writes words, and draws larger."""
 
 from pathlib import Path
 
@@ -132,6 +132,12 @@ def run_demo(folder: Path) -> None:
     written = draw_prompts(writer, its_processor, list(WORDS), [0] * len(WORDS))
     save_picture(tiled(written, columns=4), folder / "words.png")
     print(f"{folder / 'words.png'}: {', '.join(WORDS)}")
+
+    # 8. Twice the side, by the checkpoint that goes on where mini's scales end.
+    larger, its_processor = load("mini-128")
+    drawn = draw_prompts(larger, its_processor, list(PROMPTS), [0] * len(PROMPTS))
+    save_picture(tiled(drawn, columns=4, factor=1), folder / "larger.png")
+    print(f"{folder / 'larger.png'}: {', '.join(PROMPTS)}")
 
 
 def _write(prompt: str, parts: list, folder: Path) -> None:

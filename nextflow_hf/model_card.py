@@ -41,7 +41,7 @@ from transformers import pipeline
 
 draw = pipeline("text-to-image", model=nextflow_hf.{constant})
 draw("a red circle to the left of a blue square", seed=7).save("picture.png")
-draw("a star at the top right", image_size=(48, 80)).save("wide.png")
+draw("a star at the top right", image_size={wide}).save("wide.png")
 ```
 
 Once more saved by `save_pretrained` or `push_to_hub`, model and processor carry their code, and load without the
@@ -90,6 +90,7 @@ def model_card(name: str, model, result: dict) -> ModelCard:
         name=name,
         constant=name.upper().replace("-", "_"),
         sizes=" or ".join("x".join(map(str, size)) for size in config.trained_image_sizes),
+        wide=next((height, width) for height, width in config.trained_image_sizes if width > height),
         sampling=_sampling(result),
         abilities=" and ".join(filter(None, (", ".join(known[:-1]), *known[-1:]))),
         missing=", ".join(missing),

@@ -232,6 +232,7 @@ def test_demo_shows_where_its_pictures_are(tmp_path, capsys):
     assert Image.open(tmp_path / "sharpening.gif").n_frames > 1
     assert Image.open(tmp_path / "contact_sheet.png").width > 8 * 64
     assert Image.open(tmp_path / "edits.png").width > 8 * 64
+    assert Image.open(tmp_path / "larger.png").size == (4 * 128, 2 * 128)
     assert "<think>" in (tmp_path / "riddle" / "story.md").read_text() and (tmp_path / "story" / "00.png").is_file()
 
 

@@ -37,9 +37,10 @@ def test_everything_in_the_box_is_made_by_one_command(tmp_path, monkeypatch):
     chain.output_dir = str(tmp_path / "mini")
     run_recipe(chain)
     made = {path.name for path in (tmp_path / "mini").iterdir()}
-    assert {"vq-small", "grpo", "look", "refiner-doubled"} <= made
+    assert {"vq-small", "grpo", "vq-128", "look", "refiner-doubled"} <= made
     for name in ("look", "think"):
         assert (tmp_path / "mini" / name / "adapter" / "adapter_model.safetensors").is_file()
-    model, processor = load(str(tmp_path / "mini" / "grpo" / "final"))
-    (picture,) = draw(model, processor, [[user("a red circle")]], [0])
-    assert picture.size == (64, 64)
+    for name, side in (("grpo", 64), ("pretrain-128", 128)):
+        model, processor = load(str(tmp_path / "mini" / name / "final"))
+        (picture,) = draw(model, processor, [[user("a red circle")]], [0])
+        assert picture.size == (side, side)

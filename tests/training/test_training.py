@@ -98,6 +98,13 @@ def test_what_opens_a_thought_is_the_template_s(builder):
 
 
 IMAGE = {"type": "image"}
+# Of a recipe for an accelerator, on a CPU: one small step that changes nothing.
+ONE_STILL_STEP = (
+    "trainer.max_steps=1",
+    "trainer.learning_rate=0.0",
+    "trainer.per_device_train_batch_size=1",
+    "trainer.dataloader_num_workers=0",
+)
 
 
 def two_turns(**first) -> list[dict]:
@@ -625,7 +632,7 @@ def test_the_bundled_checkpoint_and_adapter_are_all_that_mini_look_starts_from(t
     monkeypatch.chdir(tmp_path)
     main(["extract", "mini-extract-look", "init_from.vq=mini", "data.describe.args.num_records=6"])
     start = [f"init_from.{role}=mini" for role in ("tokenizer", "vq", "decoder", "adapter")]
-    run_recipe(load_recipe("mini-look", [*start, "trainer.max_steps=1", "trainer.learning_rate=0.0"]))
+    run_recipe(load_recipe("mini-look", [*start, *ONE_STILL_STEP]))
     before, after = (
         load_file(Path(folder) / "adapter_model.safetensors")
         for folder in (nextflow_hf.ADAPTERS["mini"], "runs/mini/look/adapter")
@@ -639,8 +646,7 @@ def test_mini_think_starts_from_the_box_too_and_ends_as_an_adapter(tmp_path, mon
     few = [f"data.{name}.args.num_records=6" for name in load_recipe("mini-extract-think").data]
     main(["extract", "mini-extract-think", "init_from.vq=mini", *few])
     start = [f"init_from.{role}=mini" for role in ("tokenizer", "vq", "decoder")]
-    still = ["trainer.max_steps=1", "trainer.learning_rate=0.0"]
-    run_recipe(load_recipe("mini-think", [*start, "init_from.adapter=mini/think", *still]))
+    run_recipe(load_recipe("mini-think", [*start, "init_from.adapter=mini/think", *ONE_STILL_STEP]))
     run_recipe(load_recipe("mini-think-adapter", ["init_from.decoder=mini"]))
     wanted, made = (
         PeftModel.from_pretrained(NextFlowForConditionalGeneration.from_pretrained(nextflow_hf.MINI), folder)
