@@ -80,6 +80,7 @@ def model_card(name: str, model, result: dict) -> ModelCard:
         scores["captions"] = result["captions"]["score"]
     for size, own in result.get("abilities", {}).items():
         scores |= {f"{ability}, {size}": each["score"] for ability, each in own.items() if isinstance(each, dict)}
+    sizes = config.trained_image_sizes
     data = _card_data(name, "scenes, unseen combinations", scores, "any-to-any", ["image-to-text"])
     known = [_VERBS[ability] for ability in config.abilities or []]
     if result.get("abilities"):
@@ -89,8 +90,8 @@ def model_card(name: str, model, result: dict) -> ModelCard:
     body = _BODY.format(
         name=name,
         constant=name.upper().replace("-", "_"),
-        sizes=" or ".join("x".join(map(str, size)) for size in config.trained_image_sizes),
-        wide=next((height, width) for height, width in config.trained_image_sizes if width > height),
+        sizes=" or ".join("x".join(map(str, size)) for size in sizes),
+        wide=tuple(max(sizes, key=lambda size: size[1] / size[0])),
         sampling=_sampling(result),
         abilities=" and ".join(filter(None, (", ".join(known[:-1]), *known[-1:]))),
         missing=", ".join(missing),
